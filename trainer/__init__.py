@@ -1,0 +1,1 @@
+"""Palimpsest: train one diffusion model on a sequence of tasks without forgetting."""

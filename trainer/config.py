@@ -1,0 +1,267 @@
+"""The whole configuration as dataclasses; `trainer.settings` loads and checks it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Source(str, Enum):
+    """Where raw images come from; each has a module in data_tools/sources."""
+
+    digits = "digits"
+    idx = "idx"
+    cifar10 = "cifar10"
+    cifar100 = "cifar100"
+    folder = "folder"
+    npz = "npz"
+    webdataset = "webdataset"
+
+
+class ShardFormat(str, Enum):
+    png = "png"
+    raw = "raw"
+
+
+class Verify(str, Enum):
+    sha256 = "sha256"
+    size = "size"
+
+
+class Schedule(str, Enum):
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Prediction(str, Enum):
+    epsilon = "epsilon"
+    v = "v"
+
+
+class Precision(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class OptimizerName(str, Enum):
+    adam = "adam"
+    adamw = "adamw"
+
+
+class MethodName(str, Enum):
+    finetune = "finetune"
+    joint = "joint"
+    experience_replay = "experience_replay"
+    generative_replay = "generative_replay"
+    generative_distillation = "generative_distillation"
+
+
+class Placement(str, Enum):
+    inline = "inline"
+    subprocess = "subprocess"
+    ranks = "ranks"
+    external = "external"
+
+
+class Points(str, Enum):
+    renoised = "renoised"
+    trajectory = "trajectory"
+
+
+class OnStarved(str, Enum):
+    wait = "wait"
+    reuse = "reuse"
+    real_only = "real_only"
+    fail = "fail"
+
+
+class Extractor(str, Enum):
+    classifier = "classifier"
+    inception = "inception"
+    dinov2 = "dinov2"
+
+
+class Wandb(str, Enum):
+    off = "off"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass
+class RunConfig:
+    """`runs/<name>`: without a name, config and method make one."""
+
+    name: str = ""
+    dir: str = "runs"
+    seed: int = 0
+
+
+@dataclass
+class DataConfig:
+    """Task shards. `root` empty: a directory under `data/` named by the content of this section."""
+
+    name: str = "digits"
+    root: str = ""
+    source: Source = Source.digits
+    source_path: str = ""
+    class_list: str = ""  # file with one class name per line; a line's number is the class id
+    classes: int = 10
+    image_size: int = 8
+    channels: int = 1
+    classes_per_task: int = 2
+    class_order_seed: int | None = None  # null: classes in the order of their ids
+    tasks: list[list[int]] = field(default_factory=list)  # explicit class ids of each task; wins over the split
+    shard_size: int = 1000  # images per shard
+    format: ShardFormat = ShardFormat.png
+    verify: Verify = Verify.sha256
+    flip: bool = False  # horizontal flips, drawn from the sample's own counter
+    workers: int = 1  # reading and decoding threads of each rank
+    prefetch: int = 4  # batches read ahead
+
+
+@dataclass
+class ModelConfig:
+    """A diffusers UNet2DModel."""
+
+    channels: list[int] = field(default_factory=lambda: [32, 64])
+    layers_per_block: int = 1
+    attention_levels: list[int] = field(default_factory=list)  # 0 is the full resolution
+    attention_head_dim: int = 8
+    norm_groups: int = 8
+    dropout: float = 0.0
+    conditional: bool = True
+    max_classes: int = 0  # rows of the label embedding; 0: data.classes. Leave room for classes to come
+
+
+@dataclass
+class DiffusionConfig:
+    timesteps: int = 1000
+    schedule: Schedule = Schedule.linear
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    prediction: Prediction = Prediction.epsilon
+
+
+@dataclass
+class OptimizerConfig:
+    name: OptimizerName = OptimizerName.adam
+    lr: float = 2e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_images: int = 0  # linear warm-up at the start of each task
+    clip_norm: float = 1.0  # 0: no clipping
+    reset_per_task: bool = True  # moments start at zero with each task, as in the papers
+
+
+@dataclass
+class TrainConfig:
+    images_per_task: int = 16000  # real images of each task (seen images, not distinct ones)
+    global_batch: int = 64  # real images per step over all ranks
+    micro_batch: int = 0  # real images per forward on one rank; 0: the rank's whole share
+    precision: Precision = Precision.fp32
+    compile: bool = False
+    log_every: int = 10  # steps between two fetches of the metrics from the device
+    gc_every: int = 200  # steps between two runs of Python's garbage collector
+    threads: int = 0  # CPU threads of each trainer rank; 0: cores shared out between the processes of the job
+
+
+@dataclass
+class EmaConfig:
+    decay: float = 0.0  # per step; 0: no EMA, the teacher is the student as it is
+
+
+@dataclass
+class ZeroConfig:
+    stage: int = 1
+
+
+@dataclass
+class MethodConfig:
+    name: MethodName = MethodName.generative_distillation
+    distillation_weight: float = 1.0  # lambda of the replay term
+    rehearsal_coefficient: float = 1.0  # experience_replay: weight of the buffer's loss
+    buffer_per_class: int = 20  # experience_replay: real images kept of each class
+
+
+@dataclass
+class ReplayConfig:
+    placement: Placement = Placement.subprocess
+    points: Points = Points.renoised
+    steps: int = 10  # DDIM steps N of a trajectory
+    eta: float = 0.0
+    clip_sample: bool = True  # clip the predicted x_0 to [-1, 1] while sampling
+    points_per_trajectory: int = 10
+    reuse: int = 1  # times each stored point may be used
+    batch: int = 0  # replay points per step over all ranks; 0: train.global_batch
+    shard_trajectories: int = 128  # trajectories per replay shard
+    sampler_batch: int = 128  # trajectories sampled at once by a teacher
+    precision: Precision = Precision.fp32  # of the teacher's forward passes
+    workers: int = 1  # subprocess, external: teachers sharing the work
+    device: str = ""  # subprocess: device of the teachers (cpu, cuda:1); empty: chosen
+    devices_per_node: int = 1  # ranks: local ranks that become teachers
+    threads: int = 1  # CPU threads of each teacher
+    on_starved: OnStarved = OnStarved.wait
+    timeout: float = 600.0  # seconds without a new shard after which waiting ends the run
+    pool_gb: float = 10.0  # bytes of published shards a pool may hold, in GB
+    restarts: int = 3  # of a dead sampler in a row without a new shard, before it is given up
+
+
+@dataclass
+class EvaluationConfig:
+    extractor: Extractor = Extractor.classifier
+    extractor_path: str = ""  # local weights of inception or dinov2; empty: their libraries' cache
+    classifier_epochs: int = 10
+    samples: int = 2000  # generated images per evaluation, over all seen classes
+    steps: int = 10  # DDIM steps
+    eta: float = 0.0
+    batch: int = 500
+    grid_per_class: int = 8
+
+
+@dataclass
+class CheckpointConfig:
+    every_images: int = 0  # seen images between checkpoints; 0: four in each task
+    keep: int = 2  # newest checkpoints kept while a task runs; the end of each task is always kept
+
+
+@dataclass
+class TrackingConfig:
+    progress: bool = True
+    wandb: Wandb = Wandb.off
+    project: str = "palimpsest"
+    wandb_samples: int = 64
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def replay_batch(self) -> int:
+        """Replay points per step over all ranks."""
+        return self.replay.batch or self.train.global_batch
+
+    @property
+    def max_classes(self) -> int:
+        """Rows of the label embedding."""
+        return self.model.max_classes or self.data.classes
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the method replays what the previous model generates."""
+        return self.method.name in (MethodName.generative_replay, MethodName.generative_distillation)

@@ -1,0 +1,1 @@
+"""Reading shards in one global order, and turning them into training batches."""

@@ -1,0 +1,12 @@
+"""Errors that a person can act on."""
+
+
+class UserError(ValueError):
+    """Something the person who started the program can mend: one line, naming the file and the key.
+
+    Entry points print it without a traceback and exit with code 2.
+    """
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run; the message names the key."""

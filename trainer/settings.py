@@ -1,0 +1,315 @@
+"""Loading a configuration (dataclass defaults < YAML < dotlist) and refusing what cannot be run.
+
+Every refusal is one line that names the file or the command line, the key and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.config import Config, DataConfig, MethodName, Placement, Points, Precision
+from trainer.data.tasks import split_classes
+from trainer.errors import ConfigError
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+COMMAND_LINE = "command line"
+
+# What may differ between two attempts of one run: nothing here changes which model is trained.
+# data.tasks is compared by its own rule: the old tasks must be a prefix of the new ones.
+FREE_KEYS = (
+    "run.name",
+    "run.dir",
+    "data.root",
+    "data.source_path",
+    "data.class_list",
+    "data.classes",
+    "data.tasks",
+    "data.classes_per_task",
+    "data.class_order_seed",
+    "data.verify",
+    "data.workers",
+    "data.prefetch",
+    "data.shard_size",
+    "data.format",
+    "train.micro_batch",
+    "train.log_every",
+    "train.gc_every",
+    "train.threads",
+    "zero.",
+    "replay.placement",
+    "replay.workers",
+    "replay.device",
+    "replay.devices_per_node",
+    "replay.threads",
+    "replay.on_starved",
+    "replay.timeout",
+    "replay.pool_gb",
+    "replay.restarts",
+    "evaluation.batch",
+    "evaluation.extractor_path",
+    "checkpoint.",
+    "tracking.",
+)
+
+
+def find_config(name: str) -> Path:
+    """A path as given, then `configs/<name>` and `configs/<name>.yaml`."""
+    for path in (Path(name), Path("configs") / name, CONFIG_DIR / name, CONFIG_DIR / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.name for path in CONFIG_DIR.glob("*.yaml"))) or "none"
+    raise ConfigError(f"--config {name}: no such file, here or in configs/ (there: {known})")
+
+
+def load_config(name: str, overrides: list[str]) -> Config:
+    """The validated configuration of a file and a dotlist (`train.images_per_task=20000`).
+
+    Raises:
+        ConfigError: one line naming file and key.
+    """
+    path = find_config(name)
+    merged = OmegaConf.structured(Config)
+    merged = _merge(merged, _read_yaml(path), str(path))
+    merged = _merge(merged, _read_dotlist(overrides), COMMAND_LINE)
+    config = cast(Config, OmegaConf.to_object(merged))
+    if not config.run.name:
+        config.run.name = f"{path.stem}-{config.method.name.value}"
+    if not config.model.max_classes:
+        config.model.max_classes = config.data.classes
+    check(config)
+    config.data.tasks = task_classes(config.data)
+    return config
+
+
+def restore_config(path: Path) -> dict[str, Any]:
+    """The resolved configuration that a run directory keeps, as plain values."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: unreadable ({_one_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: not a configuration")
+    return content
+
+
+def config_from_run(path: Path) -> Config:
+    """The configuration of an existing run, from its `config.yaml`."""
+    merged = _merge(OmegaConf.structured(Config), OmegaConf.create(restore_config(path)), str(path))
+    return cast(Config, OmegaConf.to_object(merged))
+
+
+def as_plain(config: Config) -> dict[str, Any]:
+    """Nested dict of plain values (enums by name), as `config.yaml` keeps them."""
+    return cast(dict[str, Any], yaml.safe_load(OmegaConf.to_yaml(OmegaConf.structured(config))))
+
+
+def task_classes(data: DataConfig) -> list[list[int]]:
+    """Class ids of each task, explicit or from the split."""
+    return split_classes(data.classes, data.classes_per_task, data.class_order_seed, tasks=data.tasks)
+
+
+def refused_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Keys in which a configuration differs from the run's so that it would be another run."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    changed = [
+        f"{key} ({before.get(key)} -> {after.get(key)})"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(FREE_KEYS)
+    ]
+    tasks = old["data"]["tasks"]
+    if new["data"]["tasks"][: len(tasks)] != tasks:
+        changed.append(f"data.tasks (the run's {tasks} must come first)")
+    return changed
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Refuse impossible values and combinations that do not depend on the machine."""
+    for rule in (_check_numbers, _check_data, _check_replay, _check_train):
+        rule(config)
+
+
+def check_world(config: Config, trainers: int, cuda: bool) -> None:
+    """Refuse what the number of trainer ranks or the kind of device makes impossible."""
+    train = config.train
+    if train.global_batch % trainers:
+        raise ConfigError(
+            f"train.global_batch={train.global_batch}: does not divide over {trainers} trainer ranks; "
+            f"take a multiple of {trainers}"
+        )
+    if config.replay_batch % trainers:
+        key = "replay.batch" if config.replay.batch else "train.global_batch"
+        raise ConfigError(f"{key}={config.replay_batch}: does not divide over {trainers} trainer ranks")
+    local, micro = train.global_batch // trainers, train.micro_batch
+    if micro and local % micro:
+        raise ConfigError(f"train.micro_batch={micro}: does not divide a rank's {local} images per step")
+    if micro and (config.replay_batch // trainers) % (local // micro):
+        raise ConfigError(
+            f"train.micro_batch={micro}: the rank's {config.replay_batch // trainers} replay points do not divide "
+            f"into {local // micro} micro-batches"
+        )
+    if train.precision is Precision.fp16 and not cuda:
+        raise ConfigError("train.precision=fp16: this machine's CPU does not train in fp16; take fp32 or bf16")
+    if train.compile and not cuda and shutil.which("g++") is None:
+        raise ConfigError("train.compile=true: needs a C++ compiler (g++) on a machine without CUDA")
+    if config.replay.device.startswith("cuda") and not cuda:
+        raise ConfigError(f"replay.device={config.replay.device}: this machine has no CUDA device")
+
+
+def _check_numbers(config: Config) -> None:
+    positive = (
+        "data.classes data.image_size data.classes_per_task data.shard_size data.workers data.prefetch "
+        "model.layers_per_block model.norm_groups model.attention_head_dim diffusion.timesteps optimizer.lr "
+        "train.images_per_task train.global_batch train.log_every train.gc_every replay.steps "
+        "replay.points_per_trajectory replay.reuse replay.shard_trajectories replay.sampler_batch replay.workers "
+        "replay.devices_per_node replay.threads replay.timeout replay.pool_gb evaluation.samples evaluation.steps "
+        "evaluation.batch evaluation.grid_per_class evaluation.classifier_epochs checkpoint.keep"
+    )
+    natural = (
+        "train.micro_batch train.threads replay.batch replay.restarts replay.eta evaluation.eta optimizer.eps "
+        "optimizer.weight_decay optimizer.warmup_images optimizer.clip_norm method.distillation_weight "
+        "method.rehearsal_coefficient checkpoint.every_images model.dropout tracking.wandb_samples "
+        "model.max_classes method.buffer_per_class"
+    )
+    values = dict(_flat(asdict(config)))
+    for key in positive.split():
+        _require(values[key] > 0, key, values[key], "must be above 0")
+    for key in natural.split():
+        _require(values[key] >= 0, key, values[key], "must not be negative")
+    for key in ("optimizer.beta1", "optimizer.beta2", "ema.decay", "model.dropout"):
+        _require(0 <= values[key] < 1, key, values[key], "must be in [0, 1)")
+    for key in ("replay.eta", "evaluation.eta"):
+        _require(values[key] <= 1, key, values[key], "must be in [0, 1]")
+    for key in ("replay.steps", "evaluation.steps"):
+        _require(values[key] <= config.diffusion.timesteps, key, values[key], "more than diffusion.timesteps")
+    betas = config.diffusion.beta_start, config.diffusion.beta_end
+    _require(0 < betas[0] <= betas[1] < 1, "diffusion.beta_end", betas[1], "needs 0 < beta_start <= beta_end < 1")
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    _require(data.channels in (1, 3), "data.channels", data.channels, "must be 1 or 3")
+    tasks = task_classes(data)
+    _require(
+        not config.model.conditional or config.model.max_classes >= data.classes,
+        "model.max_classes",
+        config.model.max_classes,
+        f"fewer than data.classes={data.classes}",
+    )
+    seen = len({label for task in tasks for label in task})
+    _require(config.evaluation.samples >= 2 * seen, "evaluation.samples", config.evaluation.samples, "too few")
+
+
+def _check_replay(config: Config) -> None:
+    replay = config.replay
+    if not config.needs_teacher:
+        return
+    if replay.points is Points.trajectory:
+        _require(
+            config.method.name is not MethodName.generative_replay,
+            "replay.points",
+            "trajectory",
+            "generative_replay learns the noise it adds itself; take renoised",
+        )
+        _require(
+            replay.placement is not Placement.inline, "replay.points", "trajectory", "inline replay makes renoised"
+        )
+        _require(
+            replay.points_per_trajectory <= replay.steps,
+            "replay.points_per_trajectory",
+            replay.points_per_trajectory,
+            f"a trajectory of replay.steps={replay.steps} has no more points",
+        )
+    if replay.placement is Placement.inline:
+        _require(replay.reuse == 1, "replay.reuse", replay.reuse, "inline replay samples each point afresh")
+
+
+def _check_train(config: Config) -> None:
+    _require(config.zero.stage in (0, 1, 2, 3), "zero.stage", config.zero.stage, "must be 0, 1, 2 or 3")
+    if config.zero.stage == 0 and config.train.precision is Precision.bf16:
+        raise ConfigError(
+            "zero.stage=0 with train.precision=bf16: DeepSpeed would train another model (its Adam runs one step "
+            "ahead); take zero.stage=1"
+        )
+    if config.zero.stage == 3 and config.train.compile:
+        raise ConfigError("train.compile=true with zero.stage=3: the gathering hooks break every graph; take stage 1")
+    _require(
+        config.train.images_per_task >= config.train.global_batch,
+        "train.images_per_task",
+        config.train.images_per_task,
+        f"less than one step of train.global_batch={config.train.global_batch}",
+    )
+
+
+def _require(holds: bool, key: str, value: object, why: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key}={value}: {why}")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        content = yaml.safe_load(path.read_text())
+        created = OmegaConf.create(content or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not readable as YAML ({_one_line(error)})") from None
+    if not isinstance(created, DictConfig):
+        raise ConfigError(f"{path}: holds no sections")
+    return created
+
+
+def _read_dotlist(overrides: list[str]) -> DictConfig:
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
+    try:
+        return OmegaConf.from_dotlist(overrides)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{COMMAND_LINE}: {_one_line(error)}") from None
+
+
+def _merge(base: Any, extra: DictConfig, where: str) -> Any:
+    known = {key for key, _ in _flat(asdict(Config()))}
+    sections = set(asdict(Config()))
+    for key, value in _flat(OmegaConf.to_container(extra)):
+        if key in sections:
+            if value in (None, {}):
+                continue
+            raise ConfigError(f"{where}: {key} is a section, not a value")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise ConfigError(f"{where}: unknown key {key}; did you mean {near[0]}?")
+    extra = OmegaConf.create({key: value for key, value in extra.items() if value is not None})
+    try:
+        return OmegaConf.merge(base, extra)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from None
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
