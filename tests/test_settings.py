@@ -1,0 +1,122 @@
+"""Loading and refusing configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import ConfigError
+from trainer.settings import as_plain, check_world, config_from_run, load_config, refused_changes, task_classes
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_then_yaml_then_dotlist(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", "train: {global_batch: 32, log_every: 7}\nema: {decay: 0.9}\n")
+    config = load_config(path, ["train.log_every=3"])
+    assert (config.train.global_batch, config.train.log_every, config.ema.decay) == (32, 3, 0.9)
+    assert config.optimizer.lr == 2e-4
+    assert config.run.name == "mine-generative_distillation"
+    assert config.data.tasks == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+
+
+def test_config_is_also_looked_for_in_configs() -> None:
+    assert load_config("digits", []).data.image_size == 8
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: no such file.*digits.yaml"):
+        load_config("nowhere.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trian.images_per_task=3", "unknown key trian.images_per_task; did you mean train.images_per_task"),
+        ("train.images_per_tsk=3", "did you mean train.images_per_task"),
+        ("train.images_per_task=many", "train.images_per_task: .*could not be converted to Integer"),
+        ("method.name=magic", "method.name: Invalid value 'magic'"),
+        ("train=3", "train is a section"),
+        ("method", "not of the form section.key=value"),
+        ("data.tasks=[[0,", "command line"),
+        ("data.classes_per_task=3", "data.classes_per_task=3: data.classes=10 does not divide"),
+        ("data.tasks=[[0,1],[1]]", "data.tasks: class 1 occurs twice"),
+        ("data.tasks=[[12]]", "data.tasks: class 12"),
+        ("data.tasks=[[]]", "data.tasks: task 1 has no class"),
+        ("data.channels=4", "data.channels=4"),
+        ("zero.stage=4", "zero.stage=4"),
+        ("optimizer.lr=0", "optimizer.lr=0"),
+        ("ema.decay=1.0", "ema.decay=1.0"),
+        ("replay.steps=2000", "replay.steps=2000"),
+        ("model.max_classes=5", "model.max_classes=5"),
+        ("train.images_per_task=3", "train.images_per_task=3"),
+    ],
+)
+def test_refused_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config("digits", [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["zero.stage=0", "train.precision=bf16"],
+        ["zero.stage=3", "train.compile=true"],
+        ["method.name=generative_replay", "replay.points=trajectory"],
+        ["replay.placement=inline", "replay.points=trajectory"],
+        ["replay.points=trajectory", "replay.steps=4", "replay.points_per_trajectory=5"],
+        ["replay.placement=inline", "replay.reuse=2"],
+    ],
+)
+def test_impossible_combinations(overrides: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        load_config("digits", overrides)
+
+
+def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
+    for text in ("a: [1", "- 1\n- 2\n", "train: {global_batch: [1]}", "\x00"):
+        path = write(tmp_path / "broken.yaml", text)
+        with pytest.raises(ConfigError, match=r"broken\.yaml"):
+            load_config(path, [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trainers", "key"),
+    [
+        (["train.global_batch=64"], 3, "train.global_batch=64"),
+        (["replay.batch=30"], 4, "replay.batch=30"),
+        (["train.micro_batch=24"], 1, "train.micro_batch=24"),
+        (["train.micro_batch=16", "replay.batch=6"], 1, "train.micro_batch=16"),
+        (["train.precision=fp16"], 1, "train.precision=fp16"),
+        (["replay.device=cuda:1"], 1, "replay.device=cuda:1"),
+    ],
+)
+def test_refused_on_this_machine(overrides: list[str], trainers: int, key: str) -> None:
+    config = load_config("digits", overrides)
+    with pytest.raises(ConfigError, match=key):
+        check_world(config, trainers, cuda=False)
+
+
+def test_what_may_change_between_attempts(tmp_path: Path) -> None:
+    first = load_config("digits", ["data.tasks=[[0,1],[2,3]]"])
+    again = load_config("digits", ["data.tasks=[[0,1],[2,3],[4,5]]", "zero.stage=2", "train.micro_batch=8"])
+    assert refused_changes(as_plain(first), as_plain(again)) == []
+    other = load_config("digits", ["data.tasks=[[0,1],[2,4]]", "train.global_batch=32", "optimizer.lr=1"])
+    refused = refused_changes(as_plain(first), as_plain(other))
+    assert [line.split()[0] for line in refused] == ["optimizer.lr", "train.global_batch", "data.tasks"]
+
+
+def test_resolved_config_reads_back(tmp_path: Path) -> None:
+    import yaml
+
+    config = load_config("digits", ["data.class_order_seed=3", "train.precision=bf16"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_plain(config)))
+    assert config_from_run(tmp_path / "config.yaml") == config
+
+
+def test_class_order_is_a_function_of_its_seed() -> None:
+    split = [task_classes(load_config("digits", [f"data.class_order_seed={seed}"]).data) for seed in (1, 1, 2)]
+    assert split[0] == split[1] != split[2]
+    assert sorted(label for task in split[0] for label in task) == list(range(10))

@@ -1,0 +1,19 @@
+"""Finetune: learn the current task alone. The lower reference: what forgetting costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.data.batch import Examples
+from trainer.methods.base import Predict, Rehearsal, Terms, current_loss
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """L = MSE(eps, e(x_t, t)) on the images of task k."""
+
+    rehearsal = Rehearsal.none
+    all_tasks = False
+
+    def loss(self, predict: Predict, current: Examples, replay: Examples | None, task: int) -> Terms:
+        return current_loss(predict, current)

@@ -1,0 +1,23 @@
+"""Generative distillation (Masip, Rodriguez, Tuytelaars, van de Ven; CoLLAs 2024; arXiv 2311.14028)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.data.batch import Examples
+from trainer.methods.base import Predict, Rehearsal, Terms, share_weighted_loss
+
+
+@dataclass(frozen=True)
+class GenerativeDistillation:
+    """L = (1/k) MSE(eps, e(x_s, s)) + (1 - 1/k) lambda MSE(e*(z_s', s'), e(z_s', s')).
+
+    e* is the teacher, z_s' comes from its trajectories: an end point noised again, or a state on the way.
+    """
+
+    distillation_weight: float
+    rehearsal = Rehearsal.teacher
+    all_tasks = False
+
+    def loss(self, predict: Predict, current: Examples, replay: Examples | None, task: int) -> Terms:
+        return share_weighted_loss(predict, current, replay, task, self.distillation_weight)
