@@ -1,0 +1,180 @@
+"""The forward process against float64 numpy, and the Triton kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.kernels.noise import add_noise, normalise
+from trainer.kernels.philox import normal, philox4x32_, triton_kernels, uniform
+
+SHAPES = [(1, 1, 1), (3, 7, 5), (1, 8, 8), (1, 1, 33), (2, 5, 3)]
+IMAGE_DTYPES = ["uint8", "float16", "bfloat16", "float32"]
+OUTPUT_DTYPES = ["float32", "bfloat16", "float16"]
+SEEDS = torch.tensor([0, -1, 2**63 - 1, -(2**63), 1234567890123])
+T = torch.tensor([0, 9, 4, 5, 2])
+FLIP = torch.tensor([True, False, True, False, True])
+BATCH = len(SEEDS)
+ALPHA_BAR = np.linspace(0.999, 0.01, 10)
+SIGNAL, SIGMA = (torch.from_numpy(np.sqrt(a)).float() for a in (ALPHA_BAR, 1 - ALPHA_BAR))
+# One rounding to the output type of values that differ by 1e-6; the interpreter truncates to bfloat16.
+RELATIVE = {"float32": 1e-6, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+
+def _case(index: int, **values: Any) -> dict[str, Any]:
+    return {"name": f"case{index}", **values}
+
+
+def _cases() -> list[dict[str, Any]]:
+    """Every shape with every flip and target; every pair of types on one shape."""
+    varied = [(s, "uint8", "float32", f, v) for s in SHAPES for f in (True, False) for v in (True, False)]
+    typed = [((3, 7, 5), i, o, True, True) for i in IMAGE_DTYPES for o in OUTPUT_DTYPES]
+    names = ("shape", "image_dtype", "dtype", "flip", "predict_v")
+    return [_case(i, **dict(zip(names, case, strict=True))) for i, case in enumerate(varied + typed)]
+
+
+CASES = _cases()
+
+
+def _id(case: dict[str, Any]) -> str:
+    return "-".join(str(value) for key, value in case.items() if key != "name")
+
+
+def _images(case: dict[str, Any]) -> Tensor:
+    generator = np.random.default_rng(7)
+    shape, dtype = (BATCH, *case["shape"]), getattr(torch, case["image_dtype"])
+    if dtype == torch.uint8:
+        return torch.from_numpy(generator.integers(0, 256, shape, dtype=np.uint8))
+    return torch.from_numpy(generator.uniform(-1, 1, shape)).to(dtype)
+
+
+def _expected(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """x_t and target in float64; only the noise is ours (tested in test_philox)."""
+    images = _images(case)
+    x0 = images.double().numpy()
+    if images.dtype == torch.uint8:
+        x0 = x0 / 127.5 - 1
+    if case["flip"]:
+        x0 = np.where(FLIP.numpy()[:, None, None, None], x0[..., ::-1], x0)
+    noise = normal(SEEDS, tuple(case["shape"])).double().numpy()
+    signal, sigma = (np.sqrt(a)[T.numpy()][:, None, None, None] for a in (ALPHA_BAR, 1 - ALPHA_BAR))
+    return signal * x0 + sigma * noise, signal * noise - sigma * x0 if case["predict_v"] else noise
+
+
+def _check(found: Tensor, expected: np.ndarray, dtype: str) -> None:
+    assert found.dtype == getattr(torch, dtype) and found.shape == expected.shape
+    bound = 1e-6 + RELATIVE[dtype] * np.abs(expected)
+    assert np.all(np.abs(found.double().numpy() - expected) <= bound)
+
+
+@pytest.mark.parametrize("case", CASES, ids=_id)
+def test_reference_against_float64(case: dict[str, Any]) -> None:
+    x, target = add_noise(
+        _images(case),
+        SEEDS,
+        T,
+        SIGNAL,
+        SIGMA,
+        flip=FLIP if case["flip"] else None,
+        predict_v=case["predict_v"],
+        dtype=getattr(torch, case["dtype"]),
+    )
+    expected_x, expected_target = _expected(case)
+    _check(x, expected_x, case["dtype"])
+    _check(target, expected_target, case["dtype"])
+
+
+def test_normalise_is_symmetric_and_exact_at_the_ends() -> None:
+    values = normalise(torch.arange(256, dtype=torch.uint8))
+    assert values[0] == -1.0 and values[255] == 1.0
+    assert torch.equal(values, -values.flip(0))
+    assert np.abs(values.double().numpy() - (np.arange(256) / 127.5 - 1)).max() < 1e-7
+
+
+def test_input_is_left_alone() -> None:
+    images = torch.rand(BATCH, 1, 8, 8)
+    before = images.clone()
+    add_noise(images, SEEDS, T, SIGNAL, SIGMA, flip=FLIP, predict_v=True, dtype=torch.float32)
+    assert torch.equal(images, before)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """What the kernels give in the interpreter, which Triton must find switched on when it is first imported."""
+    pytest.importorskip("triton")
+    directory = tmp_path_factory.mktemp("triton")
+    inputs = {case["name"]: _images(case).float().numpy() for case in CASES}
+    np.savez(directory / "in.npz", seeds=SEEDS, t=T, flip=FLIP, signal=SIGNAL, sigma=SIGMA, **inputs)
+    (directory / "cases.json").write_text(json.dumps(CASES))
+    worker = Path(__file__).with_name("triton_worker.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, str(worker), str(directory)]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with np.load(directory / "out.npz", allow_pickle=False) as results:
+        return dict(results)
+
+
+@pytest.mark.parametrize("case", CASES, ids=_id)
+def test_kernel_against_float64(case: dict[str, Any], interpreted: dict[str, np.ndarray]) -> None:
+    for kind, expected in zip(("x", "target"), _expected(case), strict=True):
+        found = torch.from_numpy(interpreted[f"{case['name']}_{kind}"]).to(getattr(torch, case["dtype"]))
+        _check(found, expected, case["dtype"])
+
+
+@pytest.mark.parametrize("count", [1, 3, 33, 105, 2100])
+def test_kernel_streams_equal_the_reference(count: int, interpreted: dict[str, np.ndarray]) -> None:
+    assert np.array_equal(interpreted[f"uniform{count}"], uniform(SEEDS, count).numpy())
+    assert np.abs(interpreted[f"normal{count}"] - normal(SEEDS, (count,)).numpy()).max() < 1e-6
+
+
+def test_integers_equal_triton_s_own(interpreted: dict[str, np.ndarray]) -> None:
+    """Bit for bit with `tl.philox` on the brief's words: also for counters beyond 32 bits."""
+    counters = torch.from_numpy(interpreted["counters"])
+    assert int(counters.max()) > 2**32
+    for seed, found in zip(SEEDS, interpreted["integers"], strict=True):
+        key = [(seed & 0xFFFFFFFF).expand_as(counters).clone(), ((seed >> 32) & 0xFFFFFFFF).expand_as(counters).clone()]
+        zeros = torch.zeros_like(counters)
+        expected = philox4x32_([counters & 0xFFFFFFFF, counters >> 32, zeros, zeros.clone()], key)
+        assert np.array_equal(found.view(np.uint32), torch.stack(expected).numpy().astype(np.uint32))
+
+
+@pytest.mark.parametrize(("image", "output", "varied"), [("u8", "bf16", True), ("fp32", "fp32", False)])
+def test_kernel_compiles_for_a_gpu(
+    image: str, output: str, varied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter accepts more than the compiler, which needs no GPU."""
+    triton = pytest.importorskip("triton")
+    kernels = triton_kernels()
+    assert kernels is not None
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pointers = {"images": image, "seeds": "i64", "timesteps": "i64", "signals": "fp32", "sigmas": "fp32", "flips": "u8"}
+    signature = {name: f"*{kind}" for name, kind in (pointers | {"x_out": output, "target_out": output}).items()}
+    signature |= dict.fromkeys(("count", "quarter", "width"), "i32" if varied else "constexpr")
+    constants: dict[str, Any] = {} if varied else {"count": 1, "quarter": 1, "width": 1}
+    constants |= {"IS_UINT8": image == "u8", "FLIP": varied, "PREDICT_V": varied, "BLOCK": 512}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = triton.compiler.ASTSource(kernels._noise_kernel, signature, constants)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    assert len(compiled.asm["cubin"]) > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", CASES, ids=_id)
+def test_kernel_on_the_device(case: dict[str, Any]) -> None:
+    arguments = [value.cuda() for value in (_images(case), SEEDS, T, SIGNAL, SIGMA)]
+    flip, dtype = FLIP.cuda() if case["flip"] else None, getattr(torch, case["dtype"])
+    found = add_noise(*arguments, flip=flip, predict_v=case["predict_v"], dtype=dtype)
+    for value, expected in zip(found, _expected(case), strict=True):
+        _check(value.cpu(), expected, case["dtype"])
