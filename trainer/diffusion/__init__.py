@@ -1,0 +1,1 @@
+"""Schedules, parameterisations and samplers: pure functions on tensors."""
