@@ -1,0 +1,1 @@
+"""The denoiser, the frozen teacher on disk, and its export as a diffusers pipeline."""
