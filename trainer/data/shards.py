@@ -2,6 +2,7 @@
 
 A sample is one key with several members `<key>.<extension>`. The bytes of a shard depend on its samples alone
 (fixed times, owners and modes), so a shard made again is identical. Used by task shards, buffers and replay shards.
+The image of a sample is one member: `png`, `jpg`, `webp`, or `npy` (raw uint8, shape (C,H,W)); its class is `cls`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from trainer.errors import UserError
 
@@ -23,6 +25,7 @@ INDEX_NAME = "index.json"
 DATASET_NAME = "dataset.json"
 SCHEMA_VERSION = 1
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
+LABEL_EXTENSION = "cls"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class ShardEntry:
     crc32: int
     keys: list[str]
     offsets: list[dict[str, list[int]]]
-    labels: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list[int])
 
     @property
     def classes(self) -> list[int]:
@@ -56,7 +59,10 @@ class ShardEntry:
 
 @dataclass
 class SplitIndex:
-    """`index.json` of one split of one task: published last, so its presence says that the split is complete."""
+    """`index.json` of one split of one task: published last, so its presence says that the split is complete.
+
+    `names` are the names of `classes`, in that order; `spec` says how the shards were made (`data_tools.build`).
+    """
 
     dataset: str
     split: str  # train or test
@@ -66,6 +72,8 @@ class SplitIndex:
     format: str
     classes: list[int]
     shards: list[ShardEntry]
+    names: list[str] = field(default_factory=list[str])
+    spec: dict[str, object] = field(default_factory=dict[str, object])
     schema: int = SCHEMA_VERSION
 
     @property
@@ -75,7 +83,10 @@ class SplitIndex:
 
 @dataclass
 class DatasetCard:
-    """`dataset.json` at the root: the names of the classes (a position is a class id) and the tasks built so far."""
+    """`dataset.json` at the root: the names of the classes (a position is a class id) and the tasks built so far.
+
+    `spec` says how the shards were made, so that a later build can tell whether it continues the same data set.
+    """
 
     name: str
     image_size: int
@@ -83,6 +94,7 @@ class DatasetCard:
     format: str
     classes: list[str]
     tasks: list[list[int]]
+    spec: dict[str, object] = field(default_factory=dict[str, object])
     schema: int = SCHEMA_VERSION
 
 
@@ -104,11 +116,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
@@ -169,10 +181,16 @@ def read_index(directory: Path) -> SplitIndex:
     try:
         shards = [ShardEntry(**entry) for entry in content.pop("shards")]
         index = SplitIndex(shards=shards, **content)
+        _check_lists(path, index.classes, index.names)
+        _check_fields(path, [index.task, index.image_size, index.channels, *index.classes], [index.split, *index.names])
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a shard index ({error})") from None
     if index.schema != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema {index.schema}, this program reads {SCHEMA_VERSION}: build the shards again")
+        raise UserError(f"{path}: schema {index.schema}, this program reads {SCHEMA_VERSION}: build elsewhere")
+    for entry in index.shards:
+        problem = _entry_problem(entry)
+        if problem:
+            raise UserError(f"{path}: shard {entry.name!r}: {problem}")
     return index
 
 
@@ -184,16 +202,83 @@ def read_card(root: Path) -> DatasetCard:
     """Raises UserError, naming the file, where it is missing or unreadable."""
     path = root / DATASET_NAME
     try:
-        return DatasetCard(**_read_json(path))
+        card = DatasetCard(**_read_json(path))
+        _check_lists(path, card.classes, card.tasks, *card.tasks)
+        _check_fields(path, [card.image_size, card.channels], [card.name, *card.classes])
+        _check_fields(path, [class_id for task in card.tasks for class_id in task], [])
     except TypeError as error:
         raise UserError(f"{path}: not a data set card ({error})") from None
+    if card.schema != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema {card.schema}, this program reads {SCHEMA_VERSION}: build elsewhere")
+    return card
+
+
+def check_shard(path: Path, entry: ShardEntry, *, sha256: bool) -> None:
+    """Raise UserError, naming the file, where a shard is missing, of another size or (`sha256`) of other content."""
+    try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise UserError(f"{path}: {size} bytes, {entry.bytes} expected")
+        if sha256 and _sha256(path) != entry.sha256:
+            raise UserError(f"{path}: corrupt (its sha256 is not the one of the index)")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error})") from None
+
+
+def _check_lists(path: Path, *values: object) -> None:
+    if not all(isinstance(value, list) for value in values):
+        raise UserError(f"{path}: a field that should be a list is none")
+
+
+def _check_fields(path: Path, numbers: Sequence[object], texts: Sequence[object]) -> None:
+    """Refuse a file of ours whose fields are of other types than we write."""
+    if not all(isinstance(number, int) for number in numbers) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path}: a field has a wrong type")
+
+
+def _entry_problem(entry: ShardEntry) -> str:
+    """What is wrong with an entry read from a file; empty when it can be trusted to be well formed."""
+    read: Any = entry  # its fields may hold anything
+    if not isinstance(read.name, str) or Path(entry.name).name != entry.name:
+        return "its name is not a plain file name"
+    if not all(isinstance(values, list) for values in (read.keys, read.offsets, read.labels)):
+        return "keys, offsets or labels are no lists"
+    if not all(isinstance(number, int) for number in (read.count, read.bytes, *read.labels)):
+        return "count, bytes or a label is not a whole number"
+    if not len(entry.keys) == len(entry.offsets) == entry.count or len(entry.labels) not in (0, entry.count):
+        return "keys, offsets, labels and count do not agree"
+    for key, spans in zip(read.keys, read.offsets, strict=True):
+        if not isinstance(key, str) or not isinstance(spans, dict):
+            return f"sample {key!r} is malformed"
+        for span in cast("dict[object, object]", spans).values():
+            if not _valid_span(span, entry.bytes):
+                return f"sample {key!r}: member {span} lies outside the shard"
+    return ""
+
+
+def _valid_span(span: object, limit: int) -> bool:
+    values = cast("list[object]", span) if isinstance(span, list) else []
+    if len(values) != 2:
+        return False
+    first, size = values
+    return isinstance(first, int) and isinstance(size, int) and first >= 0 <= size and first + size <= limit
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _padded(size: int) -> int:
     return (size + tarfile.BLOCKSIZE - 1) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -202,4 +287,4 @@ def _read_json(path: Path) -> dict[str, object]:
         raise UserError(f"{path}: unreadable ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
-    return content
+    return cast("dict[str, Any]", content)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trainer.errors import ConfigError
-from trainer.seeds import hash_key
+from trainer.seeds import derive
 
 
 def split_classes(
@@ -40,8 +40,8 @@ def split_classes(
     if not chosen:
         chosen = list(range(classes))
         if class_order_seed is not None:
-            generator = np.random.Generator(np.random.Philox(hash_key(f"class-order/{class_order_seed}")))
-            chosen = [int(label) for label in generator.permutation(classes)]
+            ranks = derive(class_order_seed, "class-order", np.arange(classes, dtype=np.uint64))
+            chosen = [int(label) for label in np.argsort(ranks, kind="stable")]
     if len(chosen) % classes_per_task:
         raise ConfigError(f"data.classes_per_task={classes_per_task}: {len(chosen)} ordered classes do not divide")
     return _explicit(classes, [chosen[i : i + classes_per_task] for i in range(0, len(chosen), classes_per_task)])

@@ -1,0 +1,1 @@
+"""Data sets to task shards: `build` and `verify`."""

@@ -1,0 +1,119 @@
+"""What every source of raw images offers, and what several of them share."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from trainer.data.images import PIL_ERRORS
+from trainer.errors import UserError
+from trainer.seeds import derive
+
+SPLITS = ("train", "test")
+SOURCE_KEY = "key data.source_path"
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # the only decoders used: others may call outside programs
+Pixels = NDArray[np.uint8]
+
+
+class Source(Protocol):
+    """Raw labelled images. A label is a position in `class_names`; an id is unique within a split, and stable."""
+
+    @property
+    def class_names(self) -> list[str]: ...
+
+    def samples(self, split: str, wanted: Collection[int]) -> Iterator[tuple[int, int]]:
+        """(id, label) of the `train` or `test` images whose label is wanted."""
+        ...
+
+    def load(self, split: str, id: int) -> Pixels:
+        """One image, uint8 (H,W,1) or (H,W,3), in its own size. Raises UserError, naming it, where it is broken."""
+        ...
+
+
+class ArraySource:
+    """A source whose images lie in memory: per split uint8 (N,H,W,C) and labels (N,)."""
+
+    def __init__(
+        self, class_names: list[str], images: dict[str, Pixels], labels: dict[str, NDArray[np.int64]], where: str
+    ) -> None:
+        """Raises UserError where images and labels do not fit together."""
+        for split in SPLITS:
+            if len(images[split]) != len(labels[split]):
+                raise UserError(f"{where}: {len(images[split])} {split} images, {len(labels[split])} labels")
+            if len(labels[split]) and not 0 <= labels[split].min() <= labels[split].max() < len(class_names):
+                raise UserError(f"{where}: {split} labels lie outside 0..{len(class_names) - 1}")
+        self._names, self._images, self._labels = class_names, images, labels
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._names
+
+    def samples(self, split: str, wanted: Collection[int]) -> Iterator[tuple[int, int]]:
+        for id, label in enumerate(self._labels[split].tolist()):
+            if label in wanted:
+                yield id, label
+
+    def load(self, split: str, id: int) -> Pixels:
+        return self._images[split][id]
+
+
+def holdout(labels: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
+    """A fixed stratified test split, True for test, shape (N,): for sources that ship none.
+
+    Of each class the `round(n * fraction)` samples (at least one of several) with the smallest hash of their id; so a
+    class's split does not depend on other classes.
+    """
+    rank = derive(0, "holdout", np.arange(len(labels), dtype=np.uint64)).view(np.uint64)
+    test = np.zeros(len(labels), dtype=np.bool_)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(len(members) - 1, max(1, round(len(members) * fraction)))
+        test[members[np.argsort(rank[members], kind="stable")[:count]]] = True
+    return test
+
+
+def split_arrays(
+    images: Pixels, labels: NDArray[np.int64], fraction: float
+) -> tuple[dict[str, Pixels], dict[str, NDArray[np.int64]]]:
+    """One array of images cut by `holdout`."""
+    test = holdout(labels, fraction)
+    return {"train": images[~test], "test": images[test]}, {"train": labels[~test], "test": labels[test]}
+
+
+def require_path(path: str, what: str) -> Path:
+    """The raw data's path. Raises UserError where it is not given or not there."""
+    if not path:
+        raise UserError(f"data.source_path is empty: give the path of {what}")
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise UserError(f"{found}: missing ({what}); {SOURCE_KEY}")
+    return found
+
+
+def decode(file: Path | io.BytesIO, where: str) -> Pixels:
+    """An image file of any size as uint8 (H,W,1) where it is grey and (H,W,3) otherwise; transparency is dropped.
+
+    Raises:
+        UserError: a broken image, or one with more than 8 bits per channel.
+    """
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                raise UserError(f"{where}: {image.mode} image with more than 8 bits per channel; {SOURCE_KEY}")
+            grey = image.mode in ("1", "L", "LA")
+            pixels = np.asarray(image.convert("L" if grey else "RGB"))
+    except UserError:
+        raise
+    except PIL_ERRORS as error:
+        raise UserError(f"{where}: broken image ({error}); {SOURCE_KEY}") from None
+    return pixels[:, :, None] if grey else pixels
+
+
+def missing_files(where: Path, names: Sequence[str]) -> UserError:
+    return UserError(f"{where}: {', '.join(names)} missing; {SOURCE_KEY}")

@@ -1,0 +1,149 @@
+"""Verifying a built data set: every byte, count, label and image."""
+
+from __future__ import annotations
+
+import tarfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from data_tools.sources.base import SPLITS
+from trainer.data.images import decode_image, image_extension
+from trainer.data.shards import (
+    LABEL_EXTENSION,
+    DatasetCard,
+    ShardEntry,
+    SplitIndex,
+    check_shard,
+    read_card,
+    read_index,
+    task_directory,
+)
+from trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one split of one task holds."""
+
+    split: str
+    task: int
+    per_class: dict[int, int]
+    shards: int
+    bytes: int
+
+
+@dataclass
+class Report:
+    """`damage` has one line per thing that is wrong; empty for a sound data set."""
+
+    root: Path
+    rows: list[Row] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+
+
+def verify(root: Path) -> Report:
+    """Check sizes, checksums, counts, keys, labels, classes of each task, and decode every image.
+
+    Raises:
+        UserError: there is no data set.
+    """
+    card = read_card(root)
+    report = Report(root)
+    for task in range(1, len(card.tasks) + 1):
+        for split in SPLITS:
+            directory = task_directory(root, split, task)
+            try:
+                index = read_index(directory)
+            except UserError as error:
+                report.damage.append(str(error))
+                continue
+            report.damage += _index_problems(directory, index, card, split, task)
+            for entry in index.shards:
+                report.damage += _shard_problems(directory / entry.name, entry, index)
+            report.rows.append(_row(index))
+    return report
+
+
+def print_report(report: Report) -> None:
+    """A short table on stdout and one line per damage."""
+    table = Table("task", "split", "classes", "images", "shards", "MB", title=str(report.root))
+    for row in report.rows:
+        classes = ", ".join(f"{class_id}: {count}" for class_id, count in sorted(row.per_class.items())[:6])
+        more = ", ..." if len(row.per_class) > 6 else ""
+        images = str(sum(row.per_class.values()))
+        table.add_row(str(row.task), row.split, classes + more, images, str(row.shards), f"{row.bytes / 1e6:.1f}")
+    Console().print(table)
+    for line in report.damage:
+        print(line)
+    print(f"{report.root}: {'damaged' if report.damage else 'sound'}")
+
+
+def _row(index: SplitIndex) -> Row:
+    per_class = Counter(label for entry in index.shards for label in entry.labels)
+    size = sum(entry.bytes for entry in index.shards)
+    return Row(index.split, index.task, dict(per_class), len(index.shards), size)
+
+
+def _index_problems(directory: Path, index: SplitIndex, card: DatasetCard, split: str, task: int) -> list[str]:
+    problems: list[str] = []
+    found = (index.split, index.task, index.classes, index.image_size, index.channels, index.format)
+    if found != (split, task, card.tasks[task - 1], card.image_size, card.channels, card.format):
+        problems.append("split, task, classes, image shape or format are not those of dataset.json")
+    labels = {label for entry in index.shards for label in entry.labels}
+    if labels != set(index.classes):
+        problems.append(f"holds classes {sorted(labels)}, {sorted(index.classes)} expected")
+    keys = Counter(key for entry in index.shards for key in entry.keys)
+    problems += [f"key {key} occurs {count} times" for key, count in keys.items() if count > 1]
+    listed = {entry.name for entry in index.shards}
+    problems += [
+        f"{path.name} is not in the index" for path in sorted(directory.glob("*.tar")) if path.name not in listed
+    ]
+    return [f"{directory}: {problem}" for problem in problems]
+
+
+def _shard_problems(path: Path, entry: ShardEntry, index: SplitIndex) -> list[str]:
+    try:
+        check_shard(path, entry, sha256=True)
+        members = _tar_members(path)
+    except UserError as error:
+        return [str(error)]
+    wanted = {
+        f"{key}.{extension}": tuple(span)
+        for key, spans in zip(entry.keys, entry.offsets, strict=True)
+        for extension, span in spans.items()
+    }
+    if members != wanted:
+        odd = sorted(dict(set(members.items()) ^ set(wanted.items())))
+        return [f"{path}: members are not where the index says ({', '.join(odd[:3])})"]
+    if len(entry.labels) != entry.count:
+        return [f"{path}: the index has no labels for it"]
+    data = path.read_bytes()
+    return [
+        f"{path}: sample {key}: {problem}"
+        for key, spans, label in zip(entry.keys, entry.offsets, entry.labels, strict=True)
+        if (problem := _sample_problem(data, spans, label, index))
+    ]
+
+
+def _sample_problem(data: bytes, spans: dict[str, list[int]], label: int, index: SplitIndex) -> str:
+    members = {extension: data[first : first + size] for extension, (first, size) in spans.items()}
+    extension = image_extension(spans)
+    if extension is None or members.get(LABEL_EXTENSION) != str(label).encode():
+        return f"needs one image and the label {label}, holds {sorted(members)}"
+    try:
+        decode_image(members[extension], extension, index.image_size, index.channels)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return {member.name: (member.offset_data, member.size) for member in tar}
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{path}: not a tar ({error})") from None

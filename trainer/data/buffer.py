@@ -1,0 +1,72 @@
+"""A small class-balanced buffer of real images for experience replay, kept as shards in the run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.config import Verify
+from trainer.data.dataset import KEY, TaskData, open_directory
+from trainer.data.files import FilePool
+from trainer.data.shards import LABEL_EXTENSION, Sample, read_index, write_index, write_shard
+from trainer.errors import UserError
+from trainer.seeds import derive
+
+SHARD_NAME = "buffer.tar"
+
+
+def select(data: TaskData, per_class: int, seed: int, task: int) -> NDArray[np.int64]:
+    """Indices of at most `per_class` samples of each class: a pure function of (seed, task) and the sample keys.
+
+    The samples with the smallest derived seeds win, so the choice does not depend on how shards are cut or ordered.
+    Classes in order of their ids, samples in order of their derived seeds.
+    """
+    rank = derive(seed, f"buffer/{task}", data.keys).view(np.uint64)
+    ranked = np.lexsort((data.keys, rank, data.labels))
+    labels = data.labels[ranked]
+    starts = np.searchsorted(labels, labels)  # first position of each sample's class
+    return ranked[np.arange(len(ranked)) - starts < per_class].astype(np.int64)
+
+
+def save_buffer(data: TaskData, per_class: int, seed: int, directory: Path) -> None:
+    """Copy a selection of one task's images, bytes and keys unchanged, and publish it atomically.
+
+    Raises:
+        UserError: an image that cannot be read, or a disk that cannot be written.
+    """
+    assert len(data.indexes) == 1, "a buffer holds samples of one task"
+    index = data.indexes[0]
+    chosen = data.subset(select(data, per_class, seed, index.task))
+    samples = [
+        Sample(
+            key,
+            {chosen.extensions[row]: chosen.read_bytes(row), LABEL_EXTENSION: str(int(chosen.labels[row])).encode()},
+        )
+        for row, key in enumerate(chosen.sample_keys)
+    ]
+    try:
+        entry = write_shard(directory / SHARD_NAME, samples, [int(label) for label in chosen.labels])
+        write_index(directory, replace(index, shards=[entry]))
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror}); key run.dir") from None
+
+
+def open_buffers(directories: Sequence[Path], verify: Verify) -> TaskData:
+    """The buffers of several tasks as one data set; its keys are those of the original images.
+
+    Raises:
+        UserError: a buffer that is missing or damaged.
+    """
+    pool = FilePool()
+    parts: list[TaskData] = []
+    for directory in directories:
+        try:
+            index = read_index(directory)
+        except UserError as error:
+            raise UserError(f"{error}; {KEY}") from None
+        parts.append(open_directory(directory, index, verify, pool))
+    return TaskData.concat(parts)

@@ -1,0 +1,206 @@
+"""Reading task shards: samples are found by their offset in the index and read one by one, never whole files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.config import Verify
+from trainer.data.files import FilePool
+from trainer.data.images import decode_image, image_extension
+from trainer.data.shards import DatasetCard, ShardEntry, SplitIndex, check_shard, read_card, read_index, task_directory
+from trainer.errors import UserError
+from trainer.seeds import hash_keys
+
+KEY = "key data.root"  # what a person changes when shards are not as they should be
+
+
+@dataclass(frozen=True)
+class _File:
+    """One shard file and the pool through which it is read."""
+
+    path: Path
+    pool: FilePool
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Labelled images of some tasks, in the order of the index. Thread-safe.
+
+    `spans` (N, 3) int64 holds for each sample the number of its file, the first byte and the size of its image;
+    `labels` (N,) int64 the class id; `keys` (N,) uint64 the hash of "<split>/<task>/<sample key>", on which all of a
+    sample's randomness depends.
+    """
+
+    indexes: list[SplitIndex]  # what was opened: one per task directory (or buffer)
+    image_size: int
+    channels: int
+    sample_keys: list[str]
+    labels: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+    spans: NDArray[np.int64]
+    extensions: list[str]
+    files: list[_File]
+
+    @staticmethod
+    def open(root: Path, split: str, tasks: Sequence[int], verify: Verify) -> TaskData:
+        """The `train` or `test` split of tasks, counted from 1; several tasks are joined in the order given.
+
+        Raises:
+            UserError: a task that is not built, or a file that is missing, corrupt (as far as `verify` looks) or
+                contradicts `dataset.json`; one line naming file and key, before any image is read.
+        """
+        try:
+            card = read_card(root)
+            indexes = [_read_task(root, card, split, task) for task in tasks]
+        except UserError as error:
+            raise UserError(f"{error}; {KEY}") from None
+        pool = FilePool()
+        parts = [
+            open_directory(task_directory(root, split, task), index, verify, pool)
+            for task, index in zip(tasks, indexes, strict=True)
+        ]
+        return TaskData.concat(parts)
+
+    @staticmethod
+    def concat(parts: Sequence[TaskData]) -> TaskData:
+        """One data set after another.
+
+        Raises:
+            UserError: images of different shapes.
+        """
+        assert parts, "nothing to join"
+        shapes = {(part.image_size, part.channels) for part in parts}
+        if len(shapes) != 1:
+            where = ", ".join(str(part.files[0].path.parent) for part in parts if part.files)
+            raise UserError(f"{where}: images of different shapes cannot be joined; {KEY}")
+        starts = np.cumsum([0, *(len(part.files) for part in parts[:-1])])
+        spans = [part.spans + np.array([start, 0, 0]) for part, start in zip(parts, starts, strict=True)]
+        return TaskData(
+            indexes=[index for part in parts for index in part.indexes],
+            image_size=parts[0].image_size,
+            channels=parts[0].channels,
+            sample_keys=[key for part in parts for key in part.sample_keys],
+            labels=np.concatenate([part.labels for part in parts]),
+            keys=np.concatenate([part.keys for part in parts]),
+            spans=np.concatenate(spans),
+            extensions=[extension for part in parts for extension in part.extensions],
+            files=[file for part in parts for file in part.files],
+        )
+
+    def subset(self, indices: NDArray[np.int64]) -> TaskData:
+        """The samples at `indices`, in that order."""
+        chosen = [int(index) for index in indices]
+        return replace(
+            self,
+            sample_keys=[self.sample_keys[index] for index in chosen],
+            labels=self.labels[indices],
+            keys=self.keys[indices],
+            spans=self.spans[indices],
+            extensions=[self.extensions[index] for index in chosen],
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def classes(self) -> list[int]:
+        """Class ids of the tasks, sorted, whether or not a subset holds samples of each."""
+        return sorted({label for index in self.indexes for label in index.classes})
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Decoded images, shape (n, C, H, W).
+
+        Raises:
+            UserError: a damaged sample; the line names shard and key.
+        """
+        shape = (self.channels, self.image_size, self.image_size)
+        images = np.empty((len(indices), *shape), dtype=np.uint8)
+        for row, index in enumerate(indices):
+            data = self.read_bytes(int(index))
+            try:
+                images[row] = decode_image(data, self.extensions[index], self.image_size, self.channels)
+            except UserError as error:
+                raise UserError(f"{self.place(int(index))}: {error}; {KEY}") from None
+        return images
+
+    def read_bytes(self, index: int) -> bytes:
+        """The image of one sample as it is stored."""
+        number, first, size = (int(value) for value in self.spans[index])
+        file = self.files[number]
+        try:
+            data = file.pool.read(file.path, first, size)
+        except OSError as error:
+            raise UserError(f"{self.place(index)}: unreadable ({error.strerror}); {KEY}") from None
+        if len(data) != size:
+            raise UserError(f"{self.place(index)}: the shard ends within it; {KEY}")
+        return data
+
+    def place(self, index: int) -> str:
+        """Shard and key of a sample, for messages."""
+        return f"{self.files[int(self.spans[index, 0])].path}: sample {self.sample_keys[index]}"
+
+
+def open_directory(directory: Path, index: SplitIndex, verify: Verify, pool: FilePool) -> TaskData:
+    """The samples of one index, whose shards lie in `directory`.
+
+    Raises:
+        UserError: a shard that is missing or damaged, or a sample without one image.
+    """
+    try:
+        for entry in index.shards:
+            check_shard(directory / entry.name, entry, sha256=verify is Verify.sha256)
+            _check_labels(directory / entry.name, entry, index)
+        extensions, spans = _locate(directory, index)
+    except UserError as error:
+        raise UserError(f"{error}; {KEY}") from None
+    sample_keys = [key for entry in index.shards for key in entry.keys]
+    return TaskData(
+        indexes=[index],
+        image_size=index.image_size,
+        channels=index.channels,
+        sample_keys=sample_keys,
+        labels=np.array([label for entry in index.shards for label in entry.labels], dtype=np.int64),
+        keys=hash_keys(f"{index.split}/{index.task}/{key}" for key in sample_keys),
+        spans=spans,
+        extensions=extensions,
+        files=[_File(directory / entry.name, pool) for entry in index.shards],
+    )
+
+
+def _read_task(root: Path, card: DatasetCard, split: str, task: int) -> SplitIndex:
+    if not 1 <= task <= len(card.tasks):
+        raise UserError(f"{root}: task {task} is not built, the data set has {len(card.tasks)}")
+    directory = task_directory(root, split, task)
+    index = read_index(directory)
+    found = (index.task, index.split, index.classes, index.image_size, index.channels)
+    if found != (task, split, card.tasks[task - 1], card.image_size, card.channels):
+        raise UserError(f"{directory}: task, split, classes or image shape are not those of {root}/dataset.json")
+    if not index.count:
+        raise UserError(f"{directory}: holds no sample")
+    return index
+
+
+def _check_labels(path: Path, entry: ShardEntry, index: SplitIndex) -> None:
+    if len(entry.labels) != entry.count:
+        raise UserError(f"{path}: the index has no labels for it")
+    strangers = set(entry.labels) - set(index.classes)
+    if strangers:
+        raise UserError(f"{path}: classes {sorted(strangers)} are not of task {index.task}")
+
+
+def _locate(directory: Path, index: SplitIndex) -> tuple[list[str], NDArray[np.int64]]:
+    extensions: list[str] = []
+    spans = np.empty((index.count, 3), dtype=np.int64)
+    for number, entry in enumerate(index.shards):
+        for key, members in zip(entry.keys, entry.offsets, strict=True):
+            extension = image_extension(members)
+            if extension is None:
+                raise UserError(f"{directory / entry.name}: sample {key}: members {sorted(members)} hold not one image")
+            spans[len(extensions)] = (number, *members[extension])
+            extensions.append(extension)
+    return extensions, spans

@@ -1,0 +1,65 @@
+"""Positioned reads from many files with a bounded number of open descriptors, from several threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+OPEN_FILES = 128  # far below the usual limit of 1024 descriptors per process
+
+
+@dataclass
+class _Handle:
+    descriptor: int
+    users: int = 0
+
+
+class FilePool:
+    """Keeps the files read last open; a file in use by another thread is never closed under it."""
+
+    def __init__(self, limit: int = OPEN_FILES) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._handles: dict[Path, _Handle] = {}  # in the order of last use
+        weakref.finalize(self, _close_all, self._handles)
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset`; fewer at the end of the file. Raises OSError."""
+        with self._opened(path) as descriptor:
+            return os.pread(descriptor, size, offset)
+
+    @property
+    def open_files(self) -> int:
+        return len(self._handles)
+
+    @contextmanager
+    def _opened(self, path: Path) -> Generator[int, None, None]:
+        with self._lock:
+            handle = self._handles.pop(path, None) or _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            self._handles[path] = handle
+            handle.users += 1
+        try:
+            yield handle.descriptor
+        finally:
+            with self._lock:
+                handle.users -= 1
+                self._shrink()
+
+    def _shrink(self) -> None:
+        surplus = len(self._handles) - self._limit
+        if surplus <= 0:
+            return
+        idle = [path for path, handle in self._handles.items() if not handle.users]
+        for path in idle[:surplus]:
+            os.close(self._handles.pop(path).descriptor)
+
+
+def _close_all(handles: dict[Path, _Handle]) -> None:
+    for handle in handles.values():
+        os.close(handle.descriptor)
+    handles.clear()
