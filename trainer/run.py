@@ -38,6 +38,16 @@ class RunDir:
     def report(self) -> Path:
         return self.root / "report"
 
+    @property
+    def history(self) -> Path:
+        """Samples after each task, below each other: the forgetting one can see."""
+        return self.report / "history.png"
+
+    @property
+    def summary(self) -> Path:
+        """Heat maps and curves of the measures."""
+        return self.report / "summary.png"
+
     def log(self, attempt: int) -> Path:
         return self.root / "logs" / f"attempt-{attempt}"
 
@@ -59,6 +69,29 @@ class RunDir:
         """The replay pool consumed while learning `task`, made by the teacher of `task - 1`."""
         return self.task(task) / "replay"
 
+    def replay_request(self, task: int) -> Path:
+        """What the trainer asks of the samplers for `task`."""
+        return self.replay(task) / "request.json"
+
+    def replay_progress(self, task: int) -> Path:
+        """Which shards of the pool the trainer no longer needs."""
+        return self.replay(task) / "progress.json"
+
+    def sampler(self, worker: int) -> Path:
+        """Heartbeat of sampler `worker`."""
+        return self.root / "samplers" / f"sampler-{worker}.json"
+
+    def sampler_lock(self, worker: int) -> Path:
+        return self.root / "samplers" / f"sampler-{worker}.lock"
+
+    def supervisor(self, worker: int) -> Path:
+        """What the supervisor of sampler `worker` has seen: restarts, giving up."""
+        return self.root / "samplers" / f"supervisor-{worker}.json"
+
+    def teacher_log(self, attempt: int, worker: int) -> Path:
+        """Output of sampler `worker` in one attempt."""
+        return self.log(attempt) / f"teacher-{worker}.log"
+
     def buffer(self, task: int) -> Path:
         """Real images of `task` kept for experience replay."""
         return self.task(task) / "buffer"
@@ -69,3 +102,12 @@ class RunDir:
 
     def samples(self, task: int) -> Path:
         return self.task(task) / "samples.png"
+
+    def picked_samples(self, task: int) -> Path:
+        """The samples shown in samples.png, for the picture over all tasks."""
+        return self.task(task) / "samples.npz"
+
+    @property
+    def wandb_id(self) -> Path:
+        """The id under which wandb knows the run, over all its attempts."""
+        return self.root / "wandb_id"
