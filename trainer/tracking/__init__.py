@@ -1,0 +1,1 @@
+"""What a person sees of a run: log, progress bar, pictures, table, wandb."""

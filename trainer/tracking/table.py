@@ -1,0 +1,119 @@
+"""The table at the end of a run: after each task, then what was forgotten and what it cost."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from trainer.tracking.progress import duration
+
+MAX_WIDTH, MIN_WIDTH = 120, 80
+FIXED_WIDTH = 38  # of the columns that stand in every table
+TASK_WIDTH = 8  # of a task's column
+MISSING = "--"
+
+
+def result_table(result: Mapping[str, Any], width: int = 100, *, plain: bool = False) -> Table:
+    """Rows: after each task; columns: FD, KLD, accuracy over the classes seen, then the FD of single tasks.
+
+    Where the tasks do not fit into `width` characters, the first, the worst and the newest stand for them.
+    """
+    matrix = result["matrix"]["fd"]
+    tasks = len(matrix)
+    every = tasks <= (width - FIXED_WIDTH) // TASK_WIDTH
+    table = Table(box=box.ASCII2 if plain else box.ROUNDED)
+    table.add_column("after", no_wrap=True)
+    asked = any(after["accuracy"] is not None for after in result["after_task"])  # not of an unconditional model
+    for name in ("FD", "KLD", "accuracy") if asked else ("FD", "KLD"):
+        table.add_column(name, justify="right", no_wrap=True, style="bold")
+    names = [f"FD t{task}" for task in range(1, tasks + 1)] if every else ["FD first", "FD worst", "FD newest"]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, (after, row) in enumerate(zip(result["after_task"], matrix, strict=True), 1):
+        cells = [f"task {number}", number_text(after["fd"]), number_text(after["kld"], 3)]
+        cells += [percent_text(after["accuracy"])] if asked else []
+        table.add_row(*cells, *(_task_cells(row[:number]) if every else _short_cells(row[:number])))
+    return table
+
+
+def summary_lines(result: Mapping[str, Any]) -> list[str]:
+    """Forgetting and cost, one line each."""
+    final, cost = result["final"], result["cost"]
+    measured = f"FD forgetting {number_text(final['forgetting'])}"
+    if final["forgetting_accuracy"] is not None:
+        measured += f"   accuracy forgetting {percent_text(final['forgetting_accuracy'])}"
+    if final["lost_tasks"]:
+        measured += f"   nothing generated of task {', '.join(map(str, final['lost_tasks']))}"
+    wall = f"wall time {duration(cost['wall_seconds'])}   " if "wall_seconds" in cost else ""
+    return [
+        measured,
+        f"teacher evaluations {cost['teacher_evaluations']:,}   replay points used {cost['replay_points_used']:,}",
+        f"{wall}training {duration(cost['train_seconds'])}   {cost['images_per_second']:,.0f} images/s   "
+        f"starved {cost['starved_seconds']:.1f} s",
+    ]
+
+
+def result_view(
+    result: Mapping[str, Any], paths: Mapping[str, Path] | None = None, width: int = 100, *, plain: bool = False
+) -> RenderableType:
+    """Table, forgetting, cost, and where the pictures are (`paths` by what they show)."""
+    lines: list[RenderableType] = [Text(_title(result), style="bold"), result_table(result, width, plain=plain)]
+    lines += [Text(line) for line in summary_lines(result)]
+    if paths:
+        longest = max(map(len, paths))
+        lines += [Text(f"{name:<{longest}}  {path}", overflow="fold") for name, path in paths.items()]
+    return Group(*lines)
+
+
+def print_result(
+    result: Mapping[str, Any], paths: Mapping[str, Path] | None = None, console: Console | None = None
+) -> None:
+    """To a terminal, or as plain text where standard output is none."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.file.write(plain_result(result, paths))
+        console.file.flush()
+        return
+    width = min(console.width, MAX_WIDTH)
+    console.print(result_view(result, paths, width))
+
+
+def plain_result(result: Mapping[str, Any], paths: Mapping[str, Path] | None = None, width: int = 100) -> str:
+    """The same in ASCII, for logs; ends with a line end."""
+    text = io.StringIO()
+    console = Console(file=text, width=max(MIN_WIDTH, width), no_color=True, force_terminal=False, highlight=False)
+    console.print(result_view(result, paths, width, plain=True), soft_wrap=False)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def number_text(value: float | None, digits: int = 1) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def percent_text(value: float | None) -> str:
+    return MISSING if value is None else f"{100 * value:.1f} %"
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    seed = f", seed {result['seed']}" if "seed" in result else ""
+    last = result["after_task"][-1]
+    return f"{result['method']}{seed}: {last['samples']:,} samples against {last['fd_reference']} images"
+
+
+def _task_cells(learnt: Sequence[float | None]) -> list[str]:
+    """FD of every task; columns of tasks not learnt yet stay empty."""
+    return [number_text(value) for value in learnt]
+
+
+def _short_cells(learnt: Sequence[float | None]) -> list[str]:
+    present = [value for value in learnt if value is not None]
+    return [number_text(learnt[0]), number_text(max(present) if present else None), number_text(learnt[-1])]
