@@ -311,5 +311,3 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
-
-

@@ -1,0 +1,114 @@
+"""Requests: refused where they cannot be served, and their estimate against what is really made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.config import MethodName, OnStarved, Placement, Points
+from trainer.errors import ConfigError, UserError
+from trainer.replay.draws import draws
+from trainer.replay.request import estimate, make_request, plan_request, read_request, write_request
+
+
+def test_written_and_read_again(workplace: Any) -> None:
+    assert read_request(workplace.run.replay_request(2)) == workplace.request
+    write_request(workplace.run, replace(workplace.request, pool_bytes=10**9))  # may change between attempts
+
+
+def test_numbers_of_the_request(workplace: Any) -> None:
+    request = workplace.request  # 20 steps of 8 points, 18 points a shard
+    assert (request.positions, request.shards, request.shard_points) == (160, 9, 18)
+    assert estimate(request)["trajectories"] == 54 and estimate(request)["evaluations"] == 54 * 7
+
+
+def test_in_the_loop_each_point_has_its_trajectory(make_workplace: Callable[..., Any]) -> None:
+    workplace = make_workplace(placement=Placement.inline)
+    cost = estimate(workplace.request)
+    assert cost == {"shards": 0, "trajectories": 160, "points": 160, "bytes": 0, "disk_bytes": 0, "evaluations": 800}
+
+
+@pytest.mark.parametrize("settings", [{}, {"points": Points.trajectory}, {"method": MethodName.generative_replay}])
+def test_no_shard_is_larger_than_estimated(make_workplace: Callable[..., Any], settings: dict[str, Any]) -> None:
+    workplace = make_workplace(**settings)
+    workplace.fill(2)
+    sizes = [len(data) for data in workplace.files().values()]
+    assert len(sizes) == 2 and max(sizes) <= workplace.request.shard_bytes <= 1.2 * max(sizes)
+
+
+def test_another_pool_is_refused_with_the_file(workplace: Any) -> None:
+    path = str(workplace.run.replay_request(2))
+    for change in ({"teacher_id": "f" * 64}, {"steps": 5}, {"seed": 1}):
+        with pytest.raises(UserError, match=f"{path}: .*{next(iter(change))}"):
+            write_request(workplace.run, replace(workplace.request, **change))
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [("{", "unreadable"), ("[]", "schema"), ('{"schema": 1}', "task"), (None, "steps"), ("extra", "unknown key")],
+)
+def test_a_damaged_request_is_named(workplace: Any, content: str | None, word: str) -> None:
+    path = workplace.run.replay_request(2)
+    stored = json.loads(path.read_bytes())
+    if content is None:
+        content = json.dumps(stored | {"steps": "four"})
+    elif content == "extra":
+        content = json.dumps(stored | {"extra": 1})
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"{path}: .*{word}"):
+        read_request(path)
+
+
+def test_a_teacher_of_something_else_is_refused(workplace: Any) -> None:
+    for change in ({"task": 2}, {"classes": [1, 2]}, {"image_size": 16}):
+        with pytest.raises(UserError, match=rf"card.json: {next(iter(change))} is"):
+            make_request(workplace.config, workplace.run, 2, [7, 3, 5], replace(workplace.card, **change), 20)
+
+
+def test_a_pool_too_small_is_refused_with_the_key(workplace: Any) -> None:
+    config, size = workplace.config, workplace.request.shard_bytes
+    config.replay.pool_gb = 0.9 * size / 1e9
+    with pytest.raises(ConfigError, match=r"replay.pool_gb=.* one shard"):
+        plan_request(config, 2, [1], 20)
+    config.replay.pool_gb = 5.5 * size / 1e9  # a checkpoint every 5 steps: 40 points, 3 shards, and 3 to spare
+    with pytest.raises(ConfigError, match=r"replay.pool_gb=.* holds 5 shards, 6 are needed"):
+        plan_request(config, 2, [1], 20)
+    config.replay.pool_gb = 6.5 * size / 1e9
+    assert plan_request(config, 2, [1], 20).capacity == 6
+    config.replay.on_starved = OnStarved.reuse
+    with pytest.raises(ConfigError, match="9 are needed"):
+        plan_request(config, 2, [1], 20)
+
+
+def test_impossible_combinations_are_refused(workplace: Any) -> None:
+    config = workplace.config
+    config.replay.points, config.replay.points_per_trajectory = Points.trajectory, 5
+    with pytest.raises(ConfigError, match=r"replay.points_per_trajectory=5"):
+        plan_request(config, 2, [1], 20)
+    config.replay.points_per_trajectory, config.method.name = 3, MethodName.generative_replay
+    with pytest.raises(ConfigError, match=r"replay.points=trajectory"):
+        plan_request(config, 2, [1], 20)
+
+
+@pytest.mark.parametrize("reuse", [1, 3])
+def test_draws_use_every_point_as_often_as_asked_and_in_any_cut(make_workplace: Callable[..., Any], reuse: int) -> None:
+    request = make_workplace(reuse=reuse).request
+    shard, trajectory, point = draws(request, 0, 2 * request.shard_uses)
+    assert (shard == np.repeat([0, 1], 18 * reuse)).all() and (trajectory // 6 == shard).all()
+    pairs, counts = np.unique(trajectory * 3 + point, return_counts=True)
+    assert len(pairs) == 36 and (counts == reuse).all()
+    for start in range(0, 2 * request.shard_uses, 18):  # each pass over a shard is complete, and shuffled
+        passed = (trajectory * 3 + point)[start : start + 18]
+        assert len(set(passed)) == 18 and (np.diff(passed) < 0).any()
+    assert reuse == 1 or not np.array_equal(trajectory[:18], trajectory[18:36])
+    for size in (1, 2, 4):  # ranks of a world of any size, together, draw the same
+        cut = [
+            np.concatenate(parts)
+            for parts in zip(*(draws(request, s, s + size) for s in range(0, 36, size)), strict=True)
+        ]
+        assert np.array_equal(cut[1], trajectory[:36]) and np.array_equal(cut[2], point[:36])

@@ -1,0 +1,128 @@
+"""Trajectories: a pure function of request and index, targets those of the teacher at the very same x_t."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+from trainer.config import MethodName, Points
+from trainer.models.teacher import load_teacher
+from trainer.replay.trajectory import TrajectoryBatch, sample_trajectories, trajectory_labels
+
+CPU = torch.device("cpu")
+
+
+def sample(workplace: Any, indices: list[int], request: Any = None) -> tuple[TrajectoryBatch, Any, Any]:
+    model, schedule, _ = load_teacher(workplace.run.teacher(1), CPU)
+    request = request or workplace.request
+    return sample_trajectories(model, schedule, request, np.array(indices), CPU), model, schedule
+
+
+def test_same_indices_same_bytes_and_other_indices_other_points(workplace: Any) -> None:
+    first, *_ = sample(workplace, [4, 5, 6, 7])
+    again, *_ = sample(workplace, [4, 5, 6, 7])
+    other, *_ = sample(workplace, [8, 9, 10, 11])
+    assert torch.equal(first.images, again.images) and torch.equal(first.targets, again.targets)
+    assert torch.equal(first.seeds, again.seeds) and torch.equal(first.t, again.t)
+    assert not torch.equal(first.images, other.images)
+    assert len({*first.seeds.flatten().tolist(), *other.seeds.flatten().tolist()}) == 2 * first.seeds.numel()
+
+
+def test_every_class_once_in_each_run_of_trajectories(workplace: Any) -> None:
+    labels = trajectory_labels(workplace.request, np.arange(300))
+    assert all(sorted(labels[start : start + 3]) == [3, 5, 7] for start in range(0, 300, 3))
+    orders = Counter(tuple(labels[start : start + 3]) for start in range(0, 300, 3))
+    assert len(orders) == 6 and min(orders.values()) > 5  # all orders of three classes, none rare
+    assert np.array_equal(labels[40:50], trajectory_labels(workplace.request, np.arange(40, 50)))
+
+
+def test_without_classes_there_is_no_label(make_workplace: Callable[..., Any]) -> None:
+    batch, *_ = sample(make_workplace(unconditional=True), [0, 1, 2])
+    assert batch.label.tolist() == [-1, -1, -1]
+
+
+def test_end_points_are_those_of_diffusers(make_workplace: Callable[..., Any]) -> None:
+    workplace = make_workplace(clip_sample=False)
+    batch, model, _ = sample(workplace, [0, 1, 2])
+    reference = DDIMScheduler(60, 1e-4, 0.02, "linear", clip_sample=False, timestep_spacing="trailing")
+    reference.set_timesteps(4)
+    from trainer.kernels.philox import normal
+
+    x = normal(batch.start_seeds, (1, 8, 8))
+    with torch.no_grad():
+        for t in reference.timesteps:
+            x = reference.step(model(x, torch.full((3,), int(t)), batch.label), int(t), x).prev_sample
+    torch.testing.assert_close(batch.images.float(), x, atol=2e-3, rtol=2e-3)  # fp16 storage
+
+
+def test_renoised_targets_are_the_teachers_at_the_stored_end_point(workplace: Any) -> None:
+    batch, model, schedule = sample(workplace, [0, 1, 2, 3])
+    assert batch.images.shape == (4, 1, 8, 8) and batch.targets.shape == (4, 3, 1, 8, 8)
+    from trainer.kernels.philox import normal
+
+    for point in range(3):
+        t, noise = batch.t[:, point], normal(batch.seeds[:, point], (1, 8, 8))
+        signal, sigma = (table[t][:, None, None, None] for table in (schedule.signal, schedule.sigma))
+        with torch.no_grad():
+            direct = model(signal * batch.images.float() + sigma * noise, t, batch.label)
+        assert torch.equal(direct.half(), batch.targets[:, point])
+    assert batch.targets.float().std() > 0.05  # a teacher that says something
+
+
+def test_trajectory_points_lie_on_the_path_with_the_teachers_predictions(make_workplace: Callable[..., Any]) -> None:
+    workplace = make_workplace(points=Points.trajectory, points_per_trajectory=4)
+    batch, model, _ = sample(workplace, list(range(40)))
+    assert batch.images.shape == batch.targets.shape == (40, 4, 1, 8, 8)
+    assert (batch.t[:, 0] == 59).all() and (batch.t.diff(dim=1) < 0).all()
+    assert all(len(set(batch.t[:, point].tolist())) > 4 for point in (1, 2, 3))  # jittered
+    for point in range(4):
+        with torch.no_grad():
+            direct = model(batch.images[:, point].float(), batch.t[:, point], batch.label)
+        torch.testing.assert_close(direct, batch.targets[:, point].float(), atol=5e-3, rtol=5e-3)
+
+
+def test_kept_points_of_a_path_are_distinct_and_cover_it(make_workplace: Callable[..., Any]) -> None:
+    workplace = make_workplace(points=Points.trajectory, steps=5, points_per_trajectory=2)
+    request = replace(workplace.request, jitter=False)
+    batch, *_ = sample(workplace, list(range(200)), request)
+    assert (batch.t[:, 0] > batch.t[:, 1]).all()
+    counts = Counter(batch.t.flatten().tolist())
+    assert sorted(counts) == [11, 23, 35, 47, 59] and min(counts.values()) > 40
+
+
+@pytest.mark.parametrize(
+    ("settings", "per_trajectory"),
+    [({}, 4 + 3), ({"method": MethodName.generative_replay}, 4), ({"points": Points.trajectory}, 4)],
+)
+def test_evaluations_are_what_the_network_was_called_for(
+    make_workplace: Callable[..., Any], settings: dict[str, Any], per_trajectory: int
+) -> None:
+    workplace = make_workplace(**settings)
+    model, schedule, _ = load_teacher(workplace.run.teacher(1), CPU)
+    images = []
+    model.register_forward_hook(lambda module, inputs, output: images.append(len(output)))
+    batch = sample_trajectories(model, schedule, workplace.request, np.arange(5), CPU)
+    assert sum(images) == batch.evaluations == 5 * per_trajectory
+    assert (batch.targets is None) == ("method" in settings)
+
+
+def test_noisy_sampling_is_pure_too(make_workplace: Callable[..., Any]) -> None:
+    workplace = make_workplace(eta=1.0)
+    noisy, again = (sample(workplace, [0, 1, 2])[0] for _ in range(2))
+    plain, *_ = sample(workplace, [0, 1, 2], replace(workplace.request, eta=0.0))
+    assert torch.equal(noisy.images, again.images) and not torch.equal(noisy.images, plain.images)
+
+
+def test_bf16_teacher_differs_a_little(make_workplace: Callable[..., Any]) -> None:
+    workplace = make_workplace()
+    plain, *_ = sample(workplace, [0, 1, 2])
+    rounded, *_ = sample(workplace, [0, 1, 2], replace(workplace.request, precision="bf16"))
+    assert not torch.equal(plain.targets, rounded.targets)
+    assert (plain.targets.float() - rounded.targets.float()).abs().mean() < 0.1

@@ -1,0 +1,308 @@
+"""The training engine: one model under DeepSpeed's ZeRO, with precision, accumulation, clipping, EMA and checkpoints.
+
+ZeRO 0 to 3 train the same model: one Adam of torch's own in every stage, the same clipping, the same order of
+reductions (nothing overlaps the backward pass). What cannot keep this is refused by `check_engine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.checkpoint import CheckpointReader, CheckpointWriter
+from trainer.config import Config, OptimizerConfig, OptimizerName, Precision
+from trainer.errors import ConfigError, UserError
+from trainer.moments import MOMENTS, AdamMoments, Ema
+from trainer.partition import FlatPartition, Partition, ShardedPartition, WholePartition
+from trainer.world import World
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+BUCKET_NUMEL = 50_000_000  # gradients reduced at once, at most
+PERSISTENT_NUMEL = 100_000  # ZeRO-3 keeps smaller parameters whole on every rank: gathering each would cost more
+LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def check_engine(config: Config, device_type: str) -> None:
+    """Refuse what this engine cannot train, before anything is started.
+
+    Raises:
+        ConfigError: one line naming the keys.
+    """
+    stage, precision = config.zero.stage, config.train.precision
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero.stage={stage}: must be 0, 1, 2 or 3")
+    if stage == 0 and precision is not Precision.fp32:
+        raise ConfigError(
+            f"zero.stage=0 with train.precision={precision.value}: DeepSpeed would train another model without ZeRO; "
+            "take zero.stage=1 (the same memory on one device) or train.precision=fp32"
+        )
+    if precision is Precision.fp16 and device_type == "cpu":
+        raise ConfigError("train.precision=fp16: the CPU does not train in fp16; take fp32 or bf16")
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Micro-batches of each rank in a step.
+
+    Raises:
+        ConfigError: the global batch does not divide.
+    """
+    local, left = divmod(config.train.global_batch, world_size)
+    if left or not local:
+        raise ConfigError(f"train.global_batch={config.train.global_batch}: does not divide over {world_size} ranks")
+    steps, left = divmod(local, config.train.micro_batch or local)
+    if left:
+        raise ConfigError(f"train.micro_batch={config.train.micro_batch}: does not divide a rank's {local} images")
+    return steps
+
+
+class Engine:
+    """Trains one model over all ranks of a world.
+
+    A step is `accumulation` times `model` and `backward`, then `step`; gradients are averaged over micro-batches and
+    ranks, so each loss is the mean over its micro-batch.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, world: World) -> None:
+        """Args: model: fp32, its parameters all trained; the main rank's values win. Given away to the engine."""
+        check_engine(config, world.device.type)
+        assert all(p.requires_grad and p.dtype is torch.float32 for p in model.parameters()), "all trained, all fp32"
+        self.accumulation = accumulation_steps(config, world.size)
+        self.dtype = DTYPES[config.train.precision]
+        self.grad_norm: Tensor | None = None
+        self._world = world
+        self._stage = config.zero.stage
+        self._clip_norm = config.optimizer.clip_norm
+        self._micro_steps = 0
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        initial = _rounded_away(model, self.dtype, world)
+        adam = make_optimizer(list(model.parameters()), config.optimizer)
+        self._engine = _initialize(model, adam, deepspeed_config(config, world.size, _numel(shapes)))
+        self._engine.train()
+        self._partition = _find_partition(self._engine, self._stage, shapes, world)
+        if initial:
+            self._partition.scatter(initial.__getitem__, self._partition.masters)
+        self._moments = AdamMoments(adam, self._partition.masters)
+        self._ema = Ema(self._partition.masters, config.ema.decay) if config.ema.decay else None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing because a gradient was not finite (expected with fp16 only)."""
+        return int(self._engine.skipped_steps)
+
+    def model(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        """The prediction of the model being trained; any number of calls may precede one `backward`."""
+        return self._engine(x, t, label)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch; loss: scalar, the mean over the micro-batch."""
+        self._micro_steps += 1
+        assert self._micro_steps <= self.accumulation, "a step is due"
+        if self.accumulation > 1:
+            self._engine.set_gradient_accumulation_boundary(self._micro_steps == self.accumulation)
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """Clip, update the weights, follow with the EMA. `grad_norm` is then the norm before clipping, fp32 scalar."""
+        assert self._micro_steps == self.accumulation, "micro-batches are missing"
+        self._micro_steps = 0
+        if self._stage == 0:
+            self.grad_norm = _clip([p for p in self._partition.masters if p.grad is not None], self._clip_norm)
+        self._engine.step()
+        if self._stage > 0:
+            self.grad_norm = _as_tensor(self._engine.get_global_grad_norm())
+        if self._ema is not None and self._engine.was_step_applied():
+            self._ema.update()
+
+    def set_lr(self, lr: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def reset_moments(self) -> None:
+        """Start the optimiser afresh, with the weights as they are."""
+        self._moments.reset()
+
+    def weights(self, ema: bool) -> dict[str, Tensor]:
+        """The whole state dict in fp32 on the CPU, buffers included, on every rank; collective."""
+        return self._weights(ema, everywhere=True)
+
+    def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
+        """Write a checkpoint, whole or not at all; collective, and there for every rank when it returns.
+
+        Args: extra: what JSON can keep, given back by `load`.
+
+        Raises:
+            UserError: on every rank, when it could not be written.
+        """
+        assert self._micro_steps == 0, "between two steps only"
+        writer = CheckpointWriter(Path(directory)) if self._world.is_main else None
+        for name in self._pieces():
+            tensors = self._gather_piece(name)
+            if writer is not None:
+                writer.write(name, tensors)
+        steps = self._moments.steps()
+        if writer is not None:
+            writer.publish({"steps": steps, "loss_scale": self._loss_scale(), "extra": dict(extra)})
+        if self._world.any(writer is not None and writer.failure is not None):
+            raise UserError(writer.failure if writer and writer.failure else f"{directory}: the main rank failed")
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Go on from a checkpoint of the same model, of any ZeRO stage and number of ranks; gives back its `extra`.
+
+        Raises:
+            UserError: on every rank, before anything is changed, naming what is missing or damaged.
+        """
+        failure: UserError | None = None
+        reader: CheckpointReader | None = None
+        try:
+            reader = self._open(Path(directory))
+        except UserError as error:
+            failure = error
+        if self._world.any(failure is not None) or reader is None:
+            raise failure or UserError(f"{directory}: another rank could not read the checkpoint")
+        buffers = _buffers(self._engine.module)
+        reader.read("weights", lambda read: _fill(buffers, read))
+        for name, values in self._pieces().items():
+            reader.read(name, lambda read, values=values: self._partition.scatter(read, values))
+        self._partition.publish()
+        self._moments.set_steps(int(reader.state["steps"]))
+        self._set_loss_scale(reader.state["loss_scale"])
+        return reader.state["extra"]
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the model and free what it holds; the engine is of no use afterwards."""
+        self._engine.destroy()
+
+    # --- parts of a checkpoint ------------------------------------------------------------------------------------
+
+    def _pieces(self) -> dict[str, list[Tensor]]:
+        """File names of a checkpoint and this rank's part of each."""
+        pieces = {"weights": self._partition.masters}
+        pieces |= {name: self._moments.tensors(name) for name in MOMENTS}
+        return pieces | ({"ema": self._ema.averages} if self._ema is not None else {})
+
+    def _gather_piece(self, name: str) -> dict[str, Tensor]:
+        if name == "weights":
+            return self._weights(ema=False, everywhere=False)
+        return self._partition.gather(self._pieces()[name], everywhere=False)
+
+    def _weights(self, ema: bool, everywhere: bool) -> dict[str, Tensor]:
+        values = self._ema.averages if ema and self._ema is not None else self._partition.masters
+        full = self._partition.gather(values, everywhere)
+        if full:
+            full |= {name: buffer.detach().cpu().clone() for name, buffer in _buffers(self._engine.module).items()}
+        return full
+
+    def _open(self, directory: Path) -> CheckpointReader:
+        """The reader of a checkpoint that has all that this engine needs."""
+        reader = CheckpointReader(directory)
+        shapes = self._partition.shapes
+        buffers = {name: buffer.shape for name, buffer in _buffers(self._engine.module).items()}
+        for name in self._pieces():
+            reader.check(name, shapes | buffers if name == "weights" else shapes)
+        missing = {"steps", "loss_scale", "extra"} - reader.state.keys()
+        if missing:
+            raise UserError(f"{directory}/state.json: holds no {sorted(missing)[0]}")
+        return reader
+
+    def _loss_scale(self) -> dict[str, float] | None:
+        if self.dtype is not torch.float16:
+            return None
+        scaler = self._engine.optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in LOSS_SCALE_STATE}
+
+    def _set_loss_scale(self, state: dict[str, float] | None) -> None:
+        if self.dtype is torch.float16 and state is not None:
+            for name in LOSS_SCALE_STATE:
+                setattr(self._engine.optimizer.loss_scaler, name, state[name])
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Adam | torch.optim.AdamW:
+    """torch's Adam or AdamW in its fused form: one pass over each tensor, no host synchronisation."""
+    kind = torch.optim.Adam if config.name is OptimizerName.adam else torch.optim.AdamW
+    return kind(
+        parameters,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def deepspeed_config(config: Config, world_size: int, numel: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a model of `numel` parameters: plain, in order, nothing timed or logged."""
+    accumulation = accumulation_steps(config, world_size)
+    precision, stage = config.train.precision, config.zero.stage
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+    zero["reduce_bucket_size"] = min(max(numel, 1), BUCKET_NUMEL)
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = PERSISTENT_NUMEL
+    return {
+        "train_batch_size": config.train.global_batch,
+        "train_micro_batch_size_per_gpu": config.train.global_batch // world_size // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.clip_norm if stage > 0 else 0.0,  # stage 0 clips in Engine.step
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision is Precision.bf16},
+        "fp16": {"enabled": precision is Precision.fp16},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},  # it would wait for the device each step
+    }
+
+
+def _initialize(model: nn.Module, adam: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    import deepspeed  # slow, and it chooses its accelerator while it is imported
+
+    return deepspeed.initialize(model=model, optimizer=adam, config=config, dist_init_required=False)[0]
+
+
+def _find_partition(engine: Any, stage: int, shapes: dict[str, torch.Size], world: World) -> Partition:
+    named = dict(engine.module.named_parameters())
+    if stage == 0:
+        return WholePartition(shapes, world, list(named.values()))
+    if stage == 3:
+        return ShardedPartition(shapes, world, engine.optimizer, {p.ds_id: name for name, p in named.items()})
+    return FlatPartition(shapes, world, engine.optimizer)
+
+
+def _rounded_away(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
+    """The main rank's weights, when DeepSpeed will round them to `dtype` before it makes its fp32 masters of them."""
+    if dtype is torch.float32:
+        return {}
+    initial = {name: parameter.detach().to(world.device, copy=True) for name, parameter in model.named_parameters()}
+    for weight in initial.values():
+        world.broadcast(weight)
+    return initial
+
+
+def _clip(parameters: list[Tensor], clip_norm: float) -> Tensor:
+    """Scale gradients to at most `clip_norm` (0: as they are), as ZeRO's stages do; gives their norm before."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return norm
+
+
+def _as_tensor(norm: Tensor | float | None) -> Tensor | None:
+    return torch.tensor(float(norm)) if isinstance(norm, (int, float)) else norm if norm is None else norm.float()
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers by name."""
+    names = module.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in names}
+
+
+def _fill(buffers: dict[str, Tensor], read: Any) -> None:
+    for name, buffer in buffers.items():
+        buffer.copy_(read(name))
+
+
+def _numel(shapes: dict[str, torch.Size]) -> int:
+    return sum(shape.numel() for shape in shapes.values())

@@ -1,0 +1,175 @@
+"""Judging a run: samples and measures after each task, pictures, the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainer.config import Config, Verify
+from trainer.data.dataset import TaskData
+from trainer.evaluation.evaluate import Evaluator, open_evaluator
+from trainer.evaluation.forgetting import result, write_json
+from trainer.evaluation.generate import Sampling, balanced_count, generate_share
+from trainer.models.teacher import load_teacher
+from trainer.run import RunDir
+from trainer.tracking.grid import (
+    ClassSamples,
+    history_grid,
+    load_samples,
+    pick_samples,
+    sample_grid,
+    save_png,
+    save_samples,
+)
+from trainer.tracking.plots import save_summary
+from trainer.tracking.table import number_text
+from trainer.tracking.tracker import Tracker
+from trainer.world import World
+
+
+class Judge:
+    """Evaluates the model of each task. Sampling is shared by all ranks, the main rank measures."""
+
+    def __init__(self, config: Config, run: RunDir, world: World, tracker: Tracker, class_names: Sequence[str]) -> None:
+        """Collective: the main rank opens the evaluator (and trains the classifier once) while the others wait."""
+        self.config, self.run, self.world, self.tracker = config, run, world, tracker
+        self.class_names = list(class_names)
+        self.tasks = config.data.tasks
+        self._evaluator = self._open() if world.is_main else None
+        world.barrier()
+
+    def after(self, task: int) -> None:
+        """Sample from the model learnt up to `task` and measure it, unless that has been done by this evaluator."""
+        if not self.world.any(self.world.is_main and self._stale(task)):
+            return
+        self.tracker.activity(f"evaluating after task {task}")
+        images, asked = self._sample(task)
+        if self._evaluator is not None:
+            row = self._evaluator.evaluate(images, asked, task) | {"task": task}
+            self._picture(task, images, asked, self._evaluator)
+            write_json(self.run.evaluation(task), row)
+            self._tell(task, row)
+        self.world.barrier()
+
+    def finish(self, cost: dict[str, float]) -> dict[str, Any]:
+        """Judge again what another evaluator judged, then write metrics.json and the pictures over all tasks.
+
+        Returns:
+            The result on the main rank, {} on the others.
+        """
+        for task in range(1, len(self.tasks) + 1):
+            self.after(task)
+        if not self.world.is_main:
+            return {}
+        rows = [self._row(task) for task in range(1, len(self.tasks) + 1)]
+        method, seed = self.config.method.name.value, self.config.run.seed
+        content = result(method, [row for row in rows if row is not None], cost, seed=seed)
+        save_summary(self.run.summary, content)
+        steps = [load_samples(self.run.picked_samples(task)) for task in range(1, len(self.tasks) + 1)]
+        title = f"{self.config.run.name}: samples after each task"
+        save_png(self.run.history, history_grid(steps, self.tasks, self.class_names, title, self._real_samples()))
+        self.tracker.image("summary", self.run.summary)
+        self.tracker.image("history", self.run.history)
+        write_json(self.run.metrics, content)
+        return content
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _open(self) -> Evaluator:
+        config = self.config
+        numbers = list(range(1, len(self.tasks) + 1))
+        self.tracker.activity("opening the evaluator (its classifier is trained once for a data set)")
+        return open_evaluator(
+            config.evaluation,
+            Path(config.data.root),
+            self.tasks,
+            lambda split: TaskData.open(Path(config.data.root), split, numbers, Verify.size),
+            flip=config.data.flip,
+            device=self.world.device,
+            report=lambda epoch, epochs, loss: self.tracker.activity(f"classifier: epoch {epoch}/{epochs}"),
+        )
+
+    def _row(self, task: int) -> dict[str, Any] | None:
+        """The measures after a task, where they were taken."""
+        try:
+            row = json.loads(self.run.evaluation(task).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return row if isinstance(row, dict) else None
+
+    def _stale(self, task: int) -> bool:
+        assert self._evaluator is not None
+        row = self._row(task)
+        return row is None or row.get("evaluator") != self._evaluator.id or not self.run.picked_samples(task).exists()
+
+    def _sample(self, task: int) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+        """Samples of the model learnt up to `task`, (n, C, H, W), and the classes asked for; collective."""
+        config = self.config
+        model, schedule, _ = load_teacher(self.run.teacher(task), self.world.device)
+        classes = [label for learnt in self.tasks[:task] for label in learnt]
+        count = balanced_count(config.evaluation.samples, len(classes))
+        sampling = Sampling(
+            seed=config.run.seed,
+            draw=task,
+            shape=(config.data.channels, config.data.image_size, config.data.image_size),
+            steps=config.evaluation.steps,
+            eta=config.evaluation.eta,
+            batch=config.evaluation.batch,
+        )
+        images, asked = generate_share(
+            model,
+            schedule,
+            classes,
+            count,
+            sampling,
+            self.world.device,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        images = self._gather(images)[:count].numpy()
+        return images, None if asked is None else self._gather(asked)[:count].numpy()
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.world.all_gather(tensor.to(self.world.device)).cpu()
+
+    def _picture(
+        self, task: int, images: NDArray[np.uint8], asked: NDArray[np.int64] | None, evaluator: Evaluator
+    ) -> None:
+        classes = [label for learnt in self.tasks[:task] for label in learnt]
+        per_class = self.config.evaluation.grid_per_class
+        shown = images[: max(1000, 4 * per_class * len(classes))]
+        predicted = evaluator.classifier.predict(shown)
+        picked = pick_samples(shown, None if asked is None else asked[: len(shown)], predicted, classes, per_class)
+        save_samples(self.run.picked_samples(task), picked)
+        title = f"{self.config.run.name}: samples after task {task}"
+        save_png(self.run.samples(task), sample_grid(picked, self.tasks[:task], self.class_names, title))
+        captions = [self.class_names[int(label)] for label in (predicted if asked is None else asked[: len(shown)])]
+        self.tracker.samples("samples", shown, captions)
+        self.tracker.image("sample_grid", self.run.samples(task))
+
+    def _real_samples(self) -> ClassSamples:
+        """Real training images, for comparison in the picture over all tasks."""
+        data = TaskData.open(Path(self.config.data.root), "train", list(range(1, len(self.tasks) + 1)), Verify.size)
+        classes = [label for learnt in self.tasks for label in learnt]
+        per_class = self.config.evaluation.grid_per_class
+        chosen = np.concatenate([np.flatnonzero(data.labels == label)[:per_class] for label in classes])
+        labels = data.labels[chosen]
+        return pick_samples(data.read(chosen), labels, labels, classes, per_class)
+
+    def _tell(self, task: int, row: dict[str, Any]) -> None:
+        seen = self.config.train.images_per_task
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        self.tracker.log({**numbers, "task": task, "seen": seen}, event="evaluation")
+        accuracy = "" if row["accuracy"] is None else f"  accuracy {100 * row['accuracy']:.1f} %"
+        self.tracker.note(f"after task {task}: FD {number_text(row['fd'])}  KLD {row['kld']:.3f}{accuracy}")
+
+
+def picture_paths(run: RunDir, tasks: int) -> dict[str, Path]:
+    """The pictures of a finished run, by what they show."""
+    return {"samples": run.samples(tasks), "history": run.history, "summary": run.summary, "result": run.metrics}

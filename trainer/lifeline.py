@@ -1,0 +1,92 @@
+"""Ranks end with the launcher that started them.
+
+`deepspeed` (the runner, the process a person sees) starts `deepspeed.launcher.launch`, which starts the ranks. Killing
+either leaves the ranks running as orphans that hold their devices. Here a rank ends with its launcher (the kernel's
+PR_SET_PDEATHSIG), and when the runner is gone the node's first rank asks the launcher to stop, which ends every rank
+in the ordinary way: SIGTERM, time to save, SIGKILL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+LOOK_SECONDS = 1.0
+SHELLS = frozenset({"sh", "bash", "dash", "zsh", "fish", "ksh", "csh", "tcsh", "tmux", "screen", "init", "systemd"})
+RUNNERS = frozenset({"deepspeed", "ds", "deepspeed.launcher.runner"})
+
+_tied = False
+
+
+def tie_to_launcher() -> None:
+    """Make this rank end when its launcher does; does nothing without a launcher or outside Linux. Repeatable."""
+    global _tied
+    launcher = os.getppid()
+    if _tied or not sys.platform.startswith("linux") or "RANK" not in os.environ or _name(launcher) in SHELLS:
+        return
+    _tied = True
+    die_with_parent(launcher)
+    runner = _parent(launcher)
+    if os.environ.get("LOCAL_RANK") == "0" and runner is not None and _is_runner(runner):
+        watch_runner(launcher, runner)
+
+
+def die_with_parent(parent: int, signum: int = signal.SIGKILL) -> None:
+    """Have the kernel send `signum` to this process when its parent, of process id `parent`, dies (Linux only)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(signum), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:  # it died before the kernel knew that we care
+        os.kill(os.getpid(), signum)
+
+
+def watch_runner(launcher: int, runner: int, stop: Callable[[int], None] | None = None) -> threading.Thread:
+    """Stop `launcher` (SIGTERM) once it is no longer a child of `runner`, looking every second from a daemon thread."""
+
+    def watch() -> None:
+        while _parent(launcher) == runner:
+            time.sleep(LOOK_SECONDS)
+        (stop or _terminate)(launcher)
+
+    thread = threading.Thread(target=watch, name="watch-runner", daemon=True)
+    thread.start()
+    return thread
+
+
+def _terminate(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return
+
+
+def _name(pid: int) -> str:
+    """A process' name, without the dash of login shells; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip().lstrip("-").split(":")[0]
+    except OSError:
+        return ""
+
+
+def _parent(pid: int) -> int | None:
+    """The parent's process id, or None when the process is gone."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(status.rpartition(")")[2].split()[1])  # the name before it may hold blanks and brackets
+
+
+def _is_runner(pid: int) -> bool:
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    return any(Path(argument).name in RUNNERS for argument in arguments[:4])

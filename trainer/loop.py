@@ -1,0 +1,311 @@
+"""The training loop: tasks -> steps. What a run does, and in which order, can be read here."""
+
+from __future__ import annotations
+
+import gc
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.config import Config, Placement, Verify
+from trainer.data.buffer import open_buffers, save_buffer
+from trainer.data.dataset import TaskData
+from trainer.data.prepare import Preparer
+from trainer.data.shards import INDEX_NAME
+from trainer.data.stream import HostBatch, RealStream
+from trainer.diffusion.schedules import make_schedule
+from trainer.engine import Engine
+from trainer.errors import UserError
+from trainer.judge import Judge
+from trainer.meter import Meter
+from trainer.methods import Rehearsal, build_method
+from trainer.models.pipeline import export_pipeline
+from trainer.models.teacher import CARD_NAME, read_card, save_teacher
+from trainer.position import Position, checkpoint_path, newest_checkpoint, prune_checkpoints
+from trainer.rehearsal import BufferSource
+from trainer.replay.pool import discard
+from trainer.replay.request import ReplayRequest, make_request, write_request
+from trainer.replay.source import ReplaySource, open_source
+from trainer.replay.state import write_state
+from trainer.run import RunDir
+from trainer.seeds import derive, hash_keys
+from trainer.steps import checkpoint_interval, fresh_model, micro_batches, replay_metrics, steps_per_task
+from trainer.stop import Stopped, StopRequest
+from trainer.tracking.tracker import Tracker
+from trainer.world import World
+
+
+class Trainer:
+    """Learns the tasks of a configuration one after another, from wherever the run directory says it stands."""
+
+    def __init__(self, config: Config, run: RunDir, world: World, tracker: Tracker, judge: Judge) -> None:
+        self.config, self.run, self.world, self.tracker, self.judge = config, run, world, tracker, judge
+        self.tasks = config.data.tasks
+        self.steps = steps_per_task(config)
+        self.checkpoint_steps = checkpoint_interval(config)
+        self.method = build_method(config.method)
+        self.schedule = make_schedule(config.diffusion).to(world.device)
+        self.engine = Engine(fresh_model(config), config, world)
+        self.prepare = self._preparer("current")
+        self.stop = StopRequest()
+        self.position = Position()
+        self.meter = Meter()
+        self._saved_at = time.monotonic()
+
+    # --- the run -------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Learn what is not learnt yet, freeze and judge each task; the result of the run, on the main rank.
+
+        Raises:
+            Stopped: after a signal, with everything saved.
+        """
+        self.restore()
+        for task in range(self.position.task, len(self.tasks) + 1):
+            self.learn(task)
+            self.freeze(task)
+            self.request_replay(task + 1)
+            self.judge.after(task)
+        return self.judge.finish(self.cost())
+
+    def restore(self) -> None:
+        """Continue from the newest checkpoint, where there is one."""
+        path = newest_checkpoint(self.run, len(self.tasks))
+        if path is not None:
+            self.position = Position.from_extra(self.engine.load(path))
+            self._check_teacher()
+
+    def learn(self, task: int) -> None:
+        """Train on one task, from the step at which the position stands."""
+        if self.position.task < task:
+            self.position = self.position.next_task()
+        if self.position.step >= self.steps:
+            return
+        if self.position.step == 0 and self.config.optimizer.reset_per_task:
+            self.engine.reset_moments()
+        self.request_replay(task)
+        with ExitStack() as stack:
+            stream = stack.enter_context(self._stream(self._real_data(task), task, self.config.train.global_batch))
+            replay = self._replay(task, stack)
+            self.tracker.start_task(task, self.seen)
+            began = time.perf_counter()
+            for batch in stream:
+                self.step(task, self.position.step, batch, replay)
+                self.position.step += 1
+                now = time.perf_counter()
+                self.position.cost["train_seconds"] += now - began
+                began = now
+                self.after_step(task, replay)
+
+    def freeze(self, task: int) -> None:
+        """Publish the model as it is after a task: teacher of the next, diffusers pipeline, buffer of real images."""
+        published = (self.run.teacher(task) / CARD_NAME).exists() and self.run.pipeline(task).exists()
+        buffered = self.method.rehearsal is not Rehearsal.buffer or (self.run.buffer(task) / INDEX_NAME).exists()
+        if self.world.any(self.world.is_main and not (published and buffered)):
+            weights = self.engine.weights(ema=True)
+            if self.world.is_main:
+                self._publish(task, weights)
+        if self.world.is_main and self.method.rehearsal in (Rehearsal.noise, Rehearsal.teacher):
+            discard(self.run, task)
+        self.world.barrier()
+
+    # --- one step ------------------------------------------------------------------------------------------------
+
+    def step(self, task: int, step: int, batch: HostBatch, replay: ReplaySource | None) -> None:
+        """One optimiser step on real images and, after the first task, on what is rehearsed."""
+        engine = self.engine
+        engine.set_lr(self.learning_rate(step))
+        self._seed_dropout(task, step)
+        current = self.prepare(batch)
+        rehearsed = replay.points(step) if replay is not None else None
+        for part, rehearsed_part in micro_batches(current, rehearsed, engine.accumulation):
+            terms = self.method.loss(engine.model, part, rehearsed_part, task)
+            engine.backward(terms["loss"])
+            for name, value in terms.items():
+                self.meter.add(name, value)
+        engine.step()
+        if engine.grad_norm is not None:
+            self.meter.add("grad_norm", engine.grad_norm)
+
+    def after_step(self, task: int, replay: ReplaySource | None) -> None:
+        """Collect garbage, log, heed signals and save: at fixed steps, so at the same ones on all ranks."""
+        step, train = self.position.step, self.config.train
+        last = step == self.steps
+        if step % train.gc_every == 0:
+            gc.collect()
+        stopping = False
+        if last or step % train.log_every == 0:
+            self.log(task, replay)
+            stopping = self.world.any(self.stop.requested)
+        if last or stopping or step % self.checkpoint_steps == 0:
+            self.save(task, replay)
+        if stopping:
+            raise Stopped(task, self.seen)
+
+    def learning_rate(self, step: int) -> float:
+        """Constant after a linear warm-up over the first `optimizer.warmup_images` of each task."""
+        optimizer, images = self.config.optimizer, (step + 1) * self.config.train.global_batch
+        return optimizer.lr * min(1.0, images / max(1, optimizer.warmup_images))
+
+    # --- saving and telling --------------------------------------------------------------------------------------
+
+    @property
+    def seen(self) -> int:
+        """Real images of the current task seen so far."""
+        return self.position.step * self.config.train.global_batch
+
+    def save(self, task: int, replay: ReplaySource | None) -> None:
+        """Publish a checkpoint, then give back what is no longer needed."""
+        position = self.position
+        now = time.monotonic()
+        position.cost["wall_seconds"] += now - self._saved_at
+        self._saved_at = now
+        if replay is not None:
+            position.replay[str(task)] = replay.stats()
+        self.engine.save(checkpoint_path(self.run, task, position.step), position.as_extra())
+        if self.world.is_main:
+            prune_checkpoints(self.run, task, self.config.checkpoint.keep, self.steps)
+        if replay is not None:
+            replay.release(position.step)
+
+    def log(self, task: int, replay: ReplaySource | None) -> None:
+        """Fetch the metrics from the device and show them."""
+        metrics: dict[str, Any] = {"task": task, "step": self.position.step, "seen": self.seen}
+        metrics |= self.meter.fetch(self.world)
+        metrics["lr"] = self.learning_rate(self.position.step - 1)
+        if self.engine.skipped_steps:
+            metrics["skipped_steps"] = self.engine.skipped_steps
+        if replay is not None and self.world.is_main:
+            metrics |= replay_metrics(replay.stats())
+        self.tracker.log(metrics)
+
+    def cost(self) -> dict[str, float]:
+        """What the run has spent, over all its attempts."""
+        cost, replay = self.position.cost, self.position.replay.values()
+        images = len(self.tasks) * self.steps * self.config.train.global_batch
+        return {
+            "train_seconds": cost["train_seconds"],
+            "wall_seconds": cost["wall_seconds"] + time.monotonic() - self._saved_at,
+            "images_per_second": images / max(cost["train_seconds"], 1e-9),
+            "teacher_evaluations": sum(stats["teacher_evaluations"] for stats in replay),
+            "replay_points_used": sum(stats["points_used"] for stats in replay),
+            "starved_seconds": sum(stats["starved_seconds"] for stats in replay),
+        }
+
+    # --- replay --------------------------------------------------------------------------------------------------
+
+    def request_replay(self, task: int) -> None:
+        """Tell the samplers what to make for a task, as early as its teacher is there."""
+        if self.world.is_main:
+            request = self._request(task)
+            if request is not None and self.config.replay.placement is not Placement.inline:
+                write_request(self.run, request)
+            if task <= len(self.tasks):
+                write_state(self.run, task)
+        self.world.barrier()
+
+    def _request(self, task: int) -> ReplayRequest | None:
+        if not self.config.needs_teacher or not 2 <= task <= len(self.tasks):
+            return None
+        classes = [label for earlier in self.tasks[: task - 1] for label in earlier]
+        card = read_card(self.run.teacher(task - 1))
+        return make_request(self.config, self.run, task, classes, card, self.steps)
+
+    def _replay(self, task: int, stack: ExitStack) -> ReplaySource | None:
+        """Where this task's rehearsal comes from."""
+        if task == 1 or self.method.rehearsal is Rehearsal.none:
+            return None
+        if self.method.rehearsal is Rehearsal.buffer:
+            data = open_buffers([self.run.buffer(earlier) for earlier in range(1, task)], self.config.data.verify)
+            stream = stack.enter_context(self._stream(data, task, self.config.replay_batch))
+            return BufferSource(stream, self._preparer("buffer"), self.config.replay_batch)
+        request = self._request(task)
+        assert request is not None
+        self.position.teacher_id = request.teacher_id
+        source = open_source(
+            self.config,
+            self.run,
+            request,
+            world=self.world,
+            device=self.world.device,
+            dtype=self.engine.dtype,
+            schedule=self.schedule,
+            start_step=self.position.step,
+            restored=self.position.replay.get(str(task)),
+            journal=self._journal,
+        )
+        return stack.enter_context(closing(source))
+
+    def _journal(self, event: dict[str, Any]) -> None:
+        if self.world.is_main:
+            self.tracker.log({**event, "seen": self.seen}, event=event["event"])
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _real_data(self, task: int) -> TaskData:
+        """The images to learn a task from; their checksums were verified before the ranks met."""
+        tasks = range(1, task + 1) if self.method.all_tasks else [task]
+        return TaskData.open(Path(self.config.data.root), "train", list(tasks), Verify.size)
+
+    def _stream(self, data: TaskData, task: int, global_batch: int) -> RealStream:
+        return RealStream(
+            data,
+            seed=self.config.run.seed,
+            task=task,
+            global_batch=global_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            start_step=self.position.step,
+            stop_step=self.steps,
+            workers=self.config.data.workers,
+            prefetch=self.config.data.prefetch,
+        )
+
+    def _preparer(self, purpose: str) -> Preparer:
+        return Preparer(
+            self.schedule,
+            seed=self.config.run.seed,
+            purpose=purpose,
+            flip=self.config.data.flip,
+            device=self.world.device,
+            dtype=self.engine.dtype,
+        )
+
+    def _publish(self, task: int, weights: dict[str, torch.Tensor]) -> None:
+        config = self.config
+        save_teacher(
+            self.run.teacher(task),
+            weights,
+            task=task,
+            classes=[label for learnt in self.tasks[:task] for label in learnt],
+            model=config.model,
+            diffusion=config.diffusion,
+            image_size=config.data.image_size,
+            channels=config.data.channels,
+            max_classes=config.model.max_classes,
+            class_names=self.judge.class_names,
+        )
+        export_pipeline(self.run.pipeline(task), self.run.teacher(task))
+        if self.method.rehearsal is Rehearsal.buffer:
+            save_buffer(
+                TaskData.open(Path(config.data.root), "train", [task], Verify.size),
+                config.method.buffer_per_class,
+                config.run.seed,
+                self.run.buffer(task),
+            )
+
+    def _check_teacher(self) -> None:
+        """The teacher on disk must be the one that this run's own checkpoint remembers."""
+        task, known = self.position.task, self.position.teacher_id
+        if self.config.needs_teacher and task > 1 and known:
+            found = read_card(self.run.teacher(task - 1)).teacher_id
+            if found != known:
+                raise UserError(f"{self.run.teacher(task - 1)}: the teacher of another run (key run.name)")
+
+    def _seed_dropout(self, task: int, step: int) -> None:
+        if self.config.model.dropout:
+            key = hash_keys([f"{task}/{self.world.rank}"])
+            torch.manual_seed(int(derive(self.config.run.seed, "dropout", key, step)[0]))

@@ -1,0 +1,153 @@
+"""Where each ZeRO stage keeps the fp32 weights that the optimiser updates, and how to gather and scatter them.
+
+A rank holds a few flat fp32 tensors, the masters; Adam's moments and the EMA have the same layout. `fragments(rank)`
+says which stretch of which parameter lies where in the masters of any rank, so that full tensors can be put together
+and taken apart for every stage and number of ranks. The optimisers' private names are those of the DeepSpeed version
+that pyproject.toml pins.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.world import World
+
+GATHER_NUMEL = 64_000_000  # elements of a rank gathered at once: what the device must have room for, times the ranks
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """`count` elements of the flattened parameter `name` from `offset`, kept in masters[flat] from `start`."""
+
+    name: str
+    offset: int
+    count: int
+    flat: int
+    start: int
+
+
+class Partition(ABC):
+    """The local fp32 masters of one engine."""
+
+    def __init__(self, shapes: dict[str, torch.Size], world: World) -> None:
+        """Args: shapes: full shape of every trained parameter, in the module's order."""
+        self.shapes = shapes
+        self.world = world
+        self.masters: list[Tensor] = []
+
+    @abstractmethod
+    def fragments(self, rank: int) -> Iterator[Fragment]:
+        """What lies where in the masters of `rank`; all ranks together hold every element once."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make the model compute with the masters' present values; collective."""
+
+    def gather(self, values: list[Tensor], everywhere: bool) -> dict[str, Tensor]:
+        """Full CPU tensors by parameter name, from tensors laid out like the masters; collective.
+
+        On every rank, or on the main rank alone, where the others get an empty dict.
+        """
+        wanted = everywhere or self.world.is_main
+        full = {name: torch.empty(shape) for name, shape in self.shapes.items()} if wanted else {}
+        for flat, local in enumerate(values):
+            rows = self._gather_rows(local, wanted)
+            for rank, row in enumerate(rows):
+                for fragment in self.fragments(rank):
+                    if fragment.flat == flat:
+                        target = full[fragment.name].view(-1).narrow(0, fragment.offset, fragment.count)
+                        target.copy_(row.narrow(0, fragment.start, fragment.count))
+        return full
+
+    def scatter(self, full: Callable[[str], Tensor], values: list[Tensor]) -> None:
+        """Fill this rank's tensors, laid out like the masters, from full tensors; not collective."""
+        with torch.no_grad():
+            for fragment in self.fragments(self.world.rank):
+                source = full(fragment.name).reshape(-1).narrow(0, fragment.offset, fragment.count)
+                values[fragment.flat].view(-1).narrow(0, fragment.start, fragment.count).copy_(source)
+
+    def _gather_rows(self, local: Tensor, wanted: bool) -> list[Tensor]:
+        """The flat tensors of all ranks on the CPU, where wanted; in pieces, so that devices need little room."""
+        flat, size = local.detach().view(-1), self.world.size
+        rows = torch.empty(size, flat.numel()) if wanted else torch.empty(size, 0)
+        for begin in range(0, flat.numel(), GATHER_NUMEL):
+            piece = flat[begin : begin + GATHER_NUMEL]
+            gathered = self.world.all_gather(piece).view(size, -1)
+            if wanted:
+                rows[:, begin : begin + piece.numel()].copy_(gathered)
+        return list(rows) if wanted else []
+
+
+class WholePartition(Partition):
+    """ZeRO-0 in fp32: every rank keeps and updates the module's own parameters."""
+
+    def __init__(self, shapes: dict[str, torch.Size], world: World, parameters: list[Tensor]) -> None:
+        super().__init__(shapes, world)
+        self.masters = parameters
+
+    def fragments(self, rank: int) -> Iterator[Fragment]:
+        for flat, (name, shape) in enumerate(self.shapes.items()):
+            yield Fragment(name, 0, shape.numel(), flat, 0)
+
+    def publish(self) -> None:
+        """The masters are the model."""
+
+    def _gather_rows(self, local: Tensor, wanted: bool) -> list[Tensor]:
+        return [local.detach().view(-1)] if wanted else []
+
+
+class FlatPartition(Partition):
+    """ZeRO-1 and 2: all parameters behind each other in one vector, padded and cut into equal parts."""
+
+    def __init__(self, shapes: dict[str, torch.Size], world: World, optimizer: Any) -> None:
+        super().__init__(shapes, world)
+        assert len(optimizer.single_partition_of_fp32_groups) == 1, "one parameter group"
+        self._optimizer = optimizer
+        self.masters = list(optimizer.single_partition_of_fp32_groups)
+        self._part = int(optimizer.partition_size[0])
+        self._offsets: list[int] = list(optimizer.round_robin_bit16_offsets[0])
+
+    def fragments(self, rank: int) -> Iterator[Fragment]:
+        begin, end = rank * self._part, (rank + 1) * self._part
+        for (name, shape), place in zip(self.shapes.items(), self._offsets, strict=True):
+            first, last = max(begin, place), min(end, place + shape.numel())
+            if first < last:
+                yield Fragment(name, first - place, last - first, 0, first - begin)
+
+    def publish(self) -> None:
+        self._optimizer.update_lp_params()
+
+
+class ShardedPartition(Partition):
+    """ZeRO-3: every parameter padded and cut into equal parts, a rank's parts behind each other in sub-groups."""
+
+    def __init__(self, shapes: dict[str, torch.Size], world: World, optimizer: Any, names: dict[int, str]) -> None:
+        """Args: names: parameter names by DeepSpeed's parameter id."""
+        super().__init__(shapes, world)
+        self._optimizer = optimizer
+        self.masters = list(optimizer.fp32_partitioned_groups_flat)
+        self._groups = [[(names[p.ds_id], int(p.partition_numel())) for p in group] for group in optimizer.fp16_groups]
+
+    def fragments(self, rank: int) -> Iterator[Fragment]:
+        for flat, group in enumerate(self._groups):
+            start = 0
+            for name, part in group:
+                count = min(part, self.shapes[name].numel() - rank * part)
+                if count > 0:
+                    yield Fragment(name, rank * part, count, flat, start)
+                start += part
+
+    def publish(self) -> None:
+        """As the end of the optimiser's step does it; small parameters are kept whole by every rank and gathered."""
+        optimizer = self._optimizer
+        optimizer._partition_all_parameters()
+        for index in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

@@ -1,0 +1,285 @@
+"""What a configuration will start, worked out without starting anything."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from trainer.config import Config, Placement, Precision
+from trainer.engine import check_engine
+from trainer.errors import ConfigError
+from trainer.models.denoiser import build_denoiser
+from trainer.replay.request import estimate, plan_request
+from trainer.settings import check_world
+from trainer.steps import steps_per_task
+
+WIDTH = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2}  # bytes of one weight
+FP32 = 4
+NO_REPLAY = {"points": 0, "trajectories": 0, "evaluations": 0, "bytes": 0, "disk_bytes": 0}
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """One task: classes by id, real images seen (not distinct ones), and what its replay costs in all."""
+
+    task: int
+    classes: list[int]
+    images: int
+    steps: int
+    replay_points: int
+    trajectories: int
+    teacher_evaluations: int
+    replay_bytes: int  # written in all
+    replay_disk_bytes: int  # held at once, at most
+
+
+@dataclass(frozen=True)
+class ProcessPlan:
+    """`count` processes of one kind; `starter` is who starts them."""
+
+    role: str
+    count: int
+    devices: list[str]
+    starter: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one command will start; sizes in bytes.
+
+    `memory` is by part, for each trainer rank, without activations. `sampler_memory` are the weights of one teacher,
+    also without activations; 0 when there is none.
+    """
+
+    run_directory: str
+    method: str
+    tasks: list[TaskPlan]
+    processes: list[ProcessPlan]
+    trainers: int
+    images_per_step: int
+    replay_points_per_step: int
+    parameters: int
+    zero_stage: int
+    precision: str
+    memory: dict[str, int]
+    sampler_memory: int
+    checkpoint_bytes: int
+    checkpoints: int  # on disk at once, at most: the end of each task, the newest of a running one, one being written
+    teachers_bytes: int
+
+    @property
+    def memory_total(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """Checkpoints, teachers and their pipelines, and the largest replay pool: a learnt task's is discarded."""
+        pool = max(task.replay_disk_bytes for task in self.tasks)
+        return self.checkpoints * self.checkpoint_bytes + self.teachers_bytes + pool
+
+
+def make_plan(config: Config, launched: int, gpus: int) -> Plan:
+    """The plan of a checked configuration.
+
+    Args:
+        launched: ranks that the launcher starts on this node (deepspeed's --num_gpus).
+        gpus: CUDA devices there; 0 trains on the CPU.
+
+    Raises:
+        ConfigError: what training would refuse, with the same line.
+    """
+    if 0 < gpus < launched:
+        raise ConfigError(f"--num_gpus {launched}: this machine has {gpus}")
+    trainers = _trainers(config, launched)
+    check_world(config, trainers, cuda=gpus > 0)
+    check_engine(config, "cuda" if gpus else "cpu")
+    parameters = count_parameters(config)
+    sampler = WIDTH[config.replay.precision] * parameters if config.needs_teacher else 0
+    memory = state_bytes(parameters, config, trainers)
+    if config.needs_teacher and config.replay.placement is Placement.inline:
+        memory["teacher"], sampler = sampler, 0
+    count = len(config.data.tasks)
+    return Plan(
+        run_directory=str(Path(config.run.dir) / config.run.name),
+        method=config.method.name.value,
+        tasks=plan_tasks(config),
+        processes=plan_processes(config, launched, gpus),
+        trainers=trainers,
+        images_per_step=config.train.global_batch,
+        replay_points_per_step=config.replay_batch if config.needs_teacher else 0,
+        parameters=parameters,
+        zero_stage=config.zero.stage,
+        precision=config.train.precision.value,
+        memory=memory,
+        sampler_memory=sampler,
+        checkpoint_bytes=(3 + bool(config.ema.decay)) * FP32 * parameters,
+        checkpoints=count + config.checkpoint.keep + 1,
+        teachers_bytes=2 * count * FP32 * parameters,
+    )
+
+
+def _trainers(config: Config, launched: int) -> int:
+    teachers = config.replay.devices_per_node if _teacher_ranks(config) else 0
+    if launched <= teachers:
+        raise ConfigError(
+            f"replay.devices_per_node={teachers}: no rank is left to train of {launched}; start more "
+            "(--num_gpus) or take replay.placement=subprocess"
+        )
+    return launched - teachers
+
+
+def _teacher_ranks(config: Config) -> bool:
+    return config.needs_teacher and config.replay.placement is Placement.ranks
+
+
+def plan_processes(config: Config, launched: int, gpus: int) -> list[ProcessPlan]:
+    """All processes of one node, by placement."""
+    replay = config.replay
+    trainers = _trainers(config, launched)
+    local = [f"cuda:{index}" if gpus else "cpu" for index in range(launched)]
+    processes = [ProcessPlan("trainer", trainers, local[:trainers], "deepspeed")]
+    if _teacher_ranks(config):
+        processes.append(ProcessPlan("teacher", launched - trainers, local[trainers:], "deepspeed"))
+    if not config.needs_teacher or len(config.data.tasks) < 2:
+        return processes
+    if replay.placement is Placement.subprocess:
+        chosen = [f"cuda:{(trainers + worker) % gpus}" if gpus else "cpu" for worker in range(replay.workers)]
+        devices = [replay.device] * replay.workers if replay.device else chosen
+        processes.append(ProcessPlan("teacher", replay.workers, devices, "the first trainer"))
+    elif replay.placement is Placement.external:
+        processes.append(ProcessPlan("teacher", replay.workers, ["as they are told"], "you: launch/teacher.py"))
+    return processes
+
+
+def plan_tasks(config: Config) -> list[TaskPlan]:
+    """Steps and replay of each task; the first replays nothing. Raises ConfigError, naming the key."""
+    steps = steps_per_task(config)
+    plans: list[TaskPlan] = []
+    learnt: list[int] = []
+    for task, classes in enumerate(config.data.tasks, 1):
+        cost = dict(NO_REPLAY)
+        if task > 1 and config.needs_teacher:
+            cost |= estimate(plan_request(config, task, learnt, steps))
+        plans.append(
+            TaskPlan(
+                task=task,
+                classes=list(classes),
+                images=steps * config.train.global_batch,
+                steps=steps,
+                replay_points=cost["points"],
+                trajectories=cost["trajectories"],
+                teacher_evaluations=cost["evaluations"],
+                replay_bytes=cost["bytes"],
+                replay_disk_bytes=cost["disk_bytes"],
+            )
+        )
+        learnt += classes
+    return plans
+
+
+def count_parameters(config: Config) -> int:
+    """Weights of the denoiser, from its shapes alone: nothing is allocated. Raises ConfigError."""
+    data = config.data
+    with torch.device("meta"):
+        model = build_denoiser(
+            config.model, image_size=data.image_size, channels=data.channels, max_classes=config.max_classes
+        )
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def state_bytes(parameters: int, config: Config, trainers: int) -> dict[str, int]:
+    """Bytes on each trainer's device by part, without activations (Rajbhandari et al. 2020, section 3).
+
+    ZeRO 1 shares out what the optimiser keeps, 2 the gradients too, 3 the weights too. From stage 1 on DeepSpeed keeps
+    an fp32 master copy beside the weights, in fp32 too, and copies the rank's gradients to fp32 for the step.
+    """
+    stage, width = config.zero.stage, WIDTH[config.train.precision]
+    share = math.ceil(parameters / trainers)
+    held = {part: share if stage >= first else parameters for part, first in _SHARED_FROM.items()}
+    return {
+        "weights": width * held["weights"],
+        "gradients": width * held["gradients"],
+        "master weights": FP32 * share if stage else 0,
+        "moments": 2 * FP32 * held["optimiser"],
+        "gradients in fp32": FP32 * share if stage else 0,
+        "EMA": FP32 * held["optimiser"] if config.ema.decay else 0,
+    }
+
+
+# The first ZeRO stage that shares each part out.
+_SHARED_FROM = {"optimiser": 1, "gradients": 2, "weights": 3}
+
+
+# --- printing ---------------------------------------------------------------------------------------------------
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """All of a plan as plain values."""
+    return asdict(plan) | {"memory_total": plan.memory_total, "disk_bytes": plan.disk_bytes}
+
+
+def rich_plan(plan: Plan) -> RenderableType:
+    """A plan for people."""
+    return Group(_task_table(plan), _process_table(plan), _facts(plan))
+
+
+def _task_table(plan: Plan) -> Table:
+    table = Table(title=f"{plan.method} in {plan.run_directory}")
+    for title in ("task", "classes", "real\nimages", "steps", "replay\npoints", "teacher\nevaluations", "replay\ndisk"):
+        words = title == "classes"
+        table.add_column(title, justify="left" if words else "right", no_wrap=not words)
+    for task in plan.tasks:
+        replay = [f"{task.replay_points:,}", f"{task.teacher_evaluations:,}", size(task.replay_disk_bytes)]
+        classes = ", ".join(map(str, task.classes))
+        table.add_row(str(task.task), classes, f"{task.images:,}", f"{task.steps:,}", *replay)
+    table.add_section()
+    totals = [sum(t.images for t in plan.tasks), sum(t.steps for t in plan.tasks)]
+    totals += [sum(t.replay_points for t in plan.tasks), sum(t.teacher_evaluations for t in plan.tasks)]
+    table.add_row("all", "", *(f"{total:,}" for total in totals), size(max(t.replay_disk_bytes for t in plan.tasks)))
+    return table
+
+
+def _process_table(plan: Plan) -> Table:
+    table = Table(title="processes of this node")
+    for title in ("role", "processes", "devices", "started by"):
+        table.add_column(title)
+    for process in plan.processes:
+        table.add_row(process.role, str(process.count), ", ".join(process.devices), process.starter)
+    return table
+
+
+def _facts(plan: Plan) -> Table:
+    parts = ", ".join(f"{part} {size(value)}" for part, value in plan.memory.items() if value)
+    checkpoints = (
+        f"{size(plan.checkpoints * plan.checkpoint_bytes)} (up to {plan.checkpoints} of {size(plan.checkpoint_bytes)})"
+    )
+    facts = [
+        ("model", f"{plan.parameters:,} parameters"),
+        ("each step", f"{plan.images_per_step} real images, {plan.replay_points_per_step} replay points"),
+        (f"memory of a trainer, ZeRO {plan.zero_stage}, {plan.precision}", f"{size(plan.memory_total)}: {parts}"),
+        ("memory of a teacher process", size(plan.sampler_memory) if plan.sampler_memory else "-"),
+        ("", "activations come on top of both"),
+        ("disk for checkpoints", checkpoints),
+        ("disk for teachers and pipelines", size(plan.teachers_bytes)),
+        ("disk at most, with replay", size(plan.disk_bytes)),
+    ]
+    table = Table(title="size", show_header=False)
+    for name, value in facts:
+        table.add_row(name, value)
+    return table
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units, as pool_gb and disks count them."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"

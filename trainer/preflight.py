@@ -1,0 +1,186 @@
+"""What the main rank makes sure of before the ranks meet: every refusal comes before the first step."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_tools.build import build
+from data_tools.spec import BuildSpec, default_root
+from trainer.config import Config, Placement, Source
+from trainer.data.dataset import TaskData
+from trainer.data.shards import DATASET_NAME, DatasetCard, read_card, write_atomic
+from trainer.errors import ConfigError, UserError
+from trainer.evaluation.features import check_weights
+from trainer.models.denoiser import check_model
+from trainer.models.teacher import CARD_NAME
+from trainer.models.teacher import read_card as read_teacher_card
+from trainer.replay.request import estimate, plan_request
+from trainer.run import RunDir
+from trainer.settings import as_plain, refused_changes, restore_config
+from trainer.steps import fresh_model, steps_per_task
+
+
+def build_spec(config: Config) -> BuildSpec:
+    """What data_tools must have built for a configuration."""
+    data = config.data
+    return BuildSpec(
+        name=data.name,
+        source=data.source.value,
+        source_path=data.source_path,
+        class_list=data.class_list,
+        classes=data.classes,
+        image_size=data.image_size,
+        channels=data.channels,
+        tasks=data.tasks,
+        shard_size=data.shard_size,
+        format=data.format.value,
+    )
+
+
+def resolve_root(config: Config) -> None:
+    """Give `data.root` the place that the content of the section names, where it is empty."""
+    if not config.data.root:
+        config.data.root = str(default_root(config.data.name, build_spec(config)))
+
+
+def lock_run(run: RunDir) -> None:
+    """Hold the run directory until this process ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{run.root}: cannot be written ({error.strerror}); key run.dir") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
+        raise UserError(f"{run.root}: a live run holds this directory (process {holder}); key run.name") from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())  # never closed: the lock lasts as long as the process
+
+
+def finished_result(run: RunDir, config: Config) -> dict[str, Any] | None:
+    """The result of a run that has learnt every task of the configuration, else None."""
+    try:
+        content = json.loads(run.metrics.read_bytes())
+    except (OSError, ValueError):
+        return None
+    complete = isinstance(content, dict) and content.get("tasks") == len(config.data.tasks) and "final" in content
+    return content if complete else None
+
+
+def check_run(config: Config, run: RunDir) -> None:
+    """Refuse an old run directory that belongs to another configuration.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    new = as_plain(config)
+    if run.config.exists():
+        refused = refused_changes(restore_config(run.config), new)
+        if refused:
+            raise ConfigError(
+                f"{run.config}: this run was started with other settings: {'; '.join(refused)}; take another run.name"
+            )
+    elif any(run.root.glob("tasks/*")):
+        raise ConfigError(f"{run.root}: holds tasks but no config.yaml; take another run.name")
+
+
+def prepare_data(config: Config, progress: bool) -> DatasetCard:
+    """The built data set: what is missing is built where the raw images are there, and all of it is verified.
+
+    Raises:
+        UserError: shards that are missing, corrupt or of another data set, naming file and key.
+    """
+    root, data = Path(config.data.root), config.data
+    if data.source is Source.digits or data.source_path or not (root / DATASET_NAME).exists():
+        if (
+            data.source is not Source.digits
+            and not (root / DATASET_NAME).exists()
+            and not Path(data.source_path).exists()
+        ):
+            raise UserError(
+                f"{data.source_path or root}: missing; put the raw images there (key data.source_path) or point "
+                "data.root at shards made with `python -m data_tools build`"
+            )
+        build(build_spec(config), root, progress)
+    numbers = list(range(1, len(data.tasks) + 1))
+    for split in ("train", "test"):
+        TaskData.open(root, split, numbers, data.verify)
+    return read_card(root)
+
+
+def check_teachers(config: Config, run: RunDir) -> None:
+    """The teachers in the run directory must be of this run's classes, each knowing those before it.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for task in range(1, len(config.data.tasks) + 1):
+        directory = run.teacher(task)
+        if not (directory / CARD_NAME).exists():
+            continue
+        card = read_teacher_card(directory)
+        wanted = [label for learnt in config.data.tasks[:task] for label in learnt]
+        if card.task != task or sorted(card.classes) != sorted(wanted):
+            raise UserError(f"{directory / CARD_NAME}: the teacher of another run (task {card.task}); key run.name")
+
+
+def disk_need(config: Config) -> int:
+    """Bytes that a run may hold at once: replay pool, checkpoints, teachers and pipelines."""
+    tasks, steps = config.data.tasks, steps_per_task(config)
+    parameters = sum(parameter.numel() for parameter in fresh_model(config).parameters())
+    copies = 3 + (config.ema.decay > 0)  # weights, two moments, EMA
+    kept = config.checkpoint.keep + 1 + len(tasks)
+    need = 4 * parameters * (copies * kept + 2 * len(tasks))
+    if config.needs_teacher and config.replay.placement is not Placement.inline and len(tasks) > 1:
+        classes = [label for learnt in tasks[:-1] for label in learnt]
+        pool = estimate(plan_request(config, len(tasks), classes, steps))["bytes"]
+        need += min(pool, int(config.replay.pool_gb * 1e9))  # one at a time: a learnt task's pool is discarded
+    return need
+
+
+def check_disk(config: Config, run: RunDir) -> None:
+    """Raises UserError where the run will not fit on the disk."""
+    need, free = disk_need(config), shutil.disk_usage(run.root).free
+    if need > free:
+        raise UserError(
+            f"{run.root}: the run needs up to {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; keys run.dir, "
+            "replay.pool_gb, checkpoint.keep"
+        )
+
+
+def preflight(config: Config, run: RunDir) -> DatasetCard:
+    """All checks of the main rank; only what passes them leaves its configuration in the run directory.
+
+    Raises:
+        UserError: one line naming file and key.
+    """
+    check_model(config.model, image_size=config.data.image_size, max_classes=config.model.max_classes)
+    check_weights(config.evaluation.extractor, config.evaluation.extractor_path)
+    check_run(config, run)
+    check_teachers(config, run)
+    card = prepare_data(config, config.tracking.progress)
+    check_requests(config)
+    check_disk(config, run)
+    write_atomic(run.config, yaml.safe_dump(as_plain(config), sort_keys=False).encode())
+    return card
+
+
+def check_requests(config: Config) -> None:
+    """Raises ConfigError where a task's replay cannot be served as configured."""
+    if config.needs_teacher:
+        for task in range(2, len(config.data.tasks) + 1):
+            classes = [label for learnt in config.data.tasks[: task - 1] for label in learnt]
+            plan_request(config, task, classes, steps_per_task(config))

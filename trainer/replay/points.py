@@ -1,0 +1,87 @@
+"""From stored trajectories to training pairs on the device: the way of one replay point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.data.batch import Examples
+from trainer.diffusion.schedules import NoiseSchedule
+from trainer.replay.pool import DecodedShard, as_tensor
+from trainer.replay.request import ReplayRequest
+from trainer.replay.trajectory import TrajectoryBatch, renoise
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StoredPoints:
+    """n replay points as stored: images (n, C, H, W) fp16 end points or states, targets fp16 or None for the noise;
+    t, seeds and label (n,) int64."""
+
+    images: Tensor
+    targets: Tensor | None
+    t: Tensor
+    seeds: Tensor
+    label: Tensor
+
+    def to(self, device: torch.device) -> StoredPoints:
+        return self._map(lambda part: part.to(device, non_blocking=True))
+
+    def pin(self) -> StoredPoints:
+        """The same in page-locked memory, from which copies to a GPU do not block."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> StoredPoints:
+        targets = None if self.targets is None else change(self.targets)
+        return StoredPoints(change(self.images), targets, change(self.t), change(self.seeds), change(self.label))
+
+
+def gather(request: ReplayRequest, parts: list[tuple[Int64, DecodedShard, Int64, Int64]], count: int) -> StoredPoints:
+    """Points in the order of their positions.
+
+    Each part is one shard's share: places in the batch (m,), the shard, trajectories within it (m,), points (m,).
+    """
+    label, t, seeds = (np.empty(count, dtype=np.int64) for _ in range(3))
+    images = np.empty((count, *request.image_shape), dtype=np.float16)
+    targets = np.empty_like(images) if request.teacher_targets else None
+    for places, shard, trajectories, points in parts:
+        label[places] = shard.label[trajectories]
+        t[places] = shard.t[trajectories, points]
+        seeds[places] = shard.seeds[trajectories, points]
+        images[places] = shard.images[trajectories] if request.renoised else shard.images[trajectories, points]
+        if targets is not None and shard.targets is not None:
+            targets[places] = shard.targets[trajectories, points]
+    return StoredPoints(
+        as_tensor(images),
+        None if targets is None else as_tensor(targets),
+        as_tensor(t),
+        as_tensor(seeds),
+        as_tensor(label),
+    )
+
+
+def first_points(request: ReplayRequest, batch: TrajectoryBatch) -> StoredPoints:
+    """The first point of each trajectory of a fresh batch."""
+    images = batch.images if request.renoised else batch.images[:, 0]
+    targets = None if batch.targets is None else batch.targets[:, 0]
+    return StoredPoints(images, targets, batch.t[:, 0], batch.seeds[:, 0], batch.label)
+
+
+def to_examples(
+    request: ReplayRequest, points: StoredPoints, schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype
+) -> Examples:
+    """Training pairs: x_t as stored, or rebuilt from end point and seed; the target as stored, or the noise (or v)."""
+    points = points.to(device)
+    if request.renoised:
+        x, noise = renoise(schedule, points.images, points.seeds, points.t, dtype)
+    else:
+        x, noise = points.images.to(dtype), None
+    target = noise if points.targets is None else points.targets.to(dtype)
+    assert target is not None
+    return Examples(x, points.t, target, points.label)

@@ -1,0 +1,319 @@
+"""The replay pool: shards of trajectories, published whole and checked before use.
+
+One tar per shard, readable as any WebDataset: for each trajectory `<key>.json` (label, start seed, and of each point
+its timestep and noise seed) with `<key>.end.npy` or `<key>.states.npy`, and `<key>.targets.npy`, in fp16.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.data.shards import Sample, ShardEntry, encode_shard, write_atomic
+from trainer.errors import UserError
+from trainer.replay.manifest import Manifest, ShardLine
+from trainer.replay.request import REQUEST_SCHEMA, ReplayRequest
+from trainer.replay.state import write_json
+from trainer.replay.trajectory import TrajectoryBatch
+from trainer.run import RunDir
+
+Float16 = NDArray[np.float16]
+Int64 = NDArray[np.int64]
+
+
+class Corrupt(Exception):
+    """A shard that is not what its manifest line says; the message says why."""
+
+
+@dataclass(frozen=True)
+class DecodedShard:
+    """The K trajectories of one shard; shapes as in `TrajectoryBatch`."""
+
+    label: Int64
+    t: Int64
+    seeds: Int64
+    images: Float16
+    targets: Float16 | None
+
+
+def shard_name(shard: int) -> str:
+    return f"replay-{shard:06d}.tar"
+
+
+def trajectory_key(trajectory: int) -> str:
+    return f"{trajectory:012d}"
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def encode(request: ReplayRequest, shard: int, batches: Sequence[TrajectoryBatch]) -> tuple[ShardEntry, bytes]:
+    """The tar of one shard and its description.
+
+    Raises:
+        UserError: the teacher gave numbers that are not finite.
+    """
+    samples: list[Sample] = []
+    for batch in batches:
+        parts = {"end.npy" if request.renoised else "states.npy": batch.images}
+        if batch.targets is not None:
+            parts["targets.npy"] = batch.targets
+        arrays = {name: tensor.cpu().numpy() for name, tensor in parts.items()}
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise UserError(f"{request.teacher}: the teacher's samples of shard {shard} hold NaN or infinite numbers")
+        for record, row in zip(_records(batch), range(len(batch.indices)), strict=True):
+            members = {"json": json.dumps(record, separators=(",", ":")).encode()}
+            members.update({name: _npy(array[row]) for name, array in arrays.items()})
+            samples.append(Sample(trajectory_key(record["trajectory"]), members))
+    return encode_shard(shard_name(shard), samples)
+
+
+def publish(
+    manifest: Manifest,
+    request: ReplayRequest,
+    shard: int,
+    encoded: tuple[ShardEntry, bytes],
+    *,
+    evaluations: int,
+    seconds: float,
+    worker: int,
+) -> ShardLine:
+    """Put a shard into the pool: the file first, whole or not at all, then its line.
+
+    Raises:
+        OSError: the disk refuses; nothing half-written counts.
+    """
+    entry, data = encoded
+    write_atomic(manifest.path.parent / entry.name, data)
+    line = ShardLine(
+        shard=shard,
+        name=entry.name,
+        count=entry.count,
+        points=entry.count * request.points_per_trajectory,
+        bytes=entry.bytes,
+        crc32=entry.crc32,
+        sha256=entry.sha256,
+        teacher_id=request.teacher_id,
+        sampler=request.sampler(),
+        evaluations=evaluations,
+        seconds=round(seconds, 3),
+        worker=worker,
+    )
+    manifest.publish(line)
+    return line
+
+
+def discard(run: RunDir, task: int) -> None:
+    """Delete the pool of a task that is learnt; its manifest stays as the record of what it cost.
+
+    The samplers are told first that nothing of it is needed, so that none makes it again.
+    """
+    write_json(run.replay_progress(task), {"released": 1 << 62, "kept": [0, 0]})
+    manifest = Manifest(run.replay(task))
+    manifest.refresh()
+    for shard in sorted(manifest.shards):
+        (run.replay(task) / shard_name(shard)).unlink(missing_ok=True)
+        manifest.retire(shard)
+
+
+def _records(batch: TrajectoryBatch) -> list[dict[str, Any]]:
+    columns = zip(
+        batch.indices.tolist(),
+        batch.label.tolist(),
+        batch.start_seeds.tolist(),
+        batch.t.tolist(),
+        batch.seeds.tolist(),
+        strict=True,
+    )
+    return [
+        {"schema": REQUEST_SCHEMA, "trajectory": index, "label": label, "seed": seed, "timesteps": t, "seeds": seeds}
+        for index, label, seed, t, seeds in columns
+    ]
+
+
+@lru_cache(maxsize=16)
+def _header(shape: tuple[int, ...]) -> bytes:
+    """The only npy header that is written or accepted for a shape: compared, never evaluated."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def _npy(array: Float16) -> bytes:
+    return _header(array.shape) + array.astype("<f2", copy=False).tobytes()
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class PoolReader:
+    """Reads published shards of one request; refuses what another teacher made, asks again for what is corrupt."""
+
+    def __init__(self, directory: Path, request: ReplayRequest, notice: Callable[[str], None] = _print) -> None:
+        self.directory, self.request, self.notice = directory, request, notice
+        self.manifest = Manifest(directory)
+        self._checked: dict[int, int] = {}  # shard -> generation found to be of this request
+        self._bad: dict[int, tuple[int, str]] = {}  # shard -> generation that is corrupt, and why
+
+    def refresh(self) -> bool:
+        """Look for new shards; whether there are any. Raises UserError as `check` does."""
+        news = self.manifest.refresh()
+        if news:
+            for shard, line in self.manifest.shards.items():
+                generation = self.manifest.generation[shard]
+                if self._checked.get(shard) != generation:
+                    self.check(line)
+                    self._checked[shard] = generation
+        self._report_bad()
+        return news
+
+    def check(self, line: ShardLine) -> None:
+        """Raises UserError, naming the file, where a shard is not of this request."""
+        path = self.directory / shard_name(line.shard)
+        if line.teacher_id != self.request.teacher_id:
+            raise UserError(
+                f"{path}: made by teacher {line.teacher_id[:12]}, this run's teacher is {self.request.teacher_id[:12]}"
+            )
+        for key, wanted in self.request.sampler().items():
+            if line.sampler.get(key) != wanted:
+                raise UserError(f"{path}: sampled with {key}={line.sampler.get(key)}, this run asks for {wanted}")
+
+    def published(self, shard: int) -> bool:
+        """Whether the manifest has it, as far as read, and nobody found it corrupt."""
+        return shard in self.manifest.shards and not self._is_bad(shard)
+
+    def intact(self, shard: int) -> bool:
+        """Whether a published shard is what its line says; one that is not is asked for again."""
+        return self._bytes(shard) is not None
+
+    def load(self, shard: int) -> DecodedShard | None:
+        """A published shard, or None where it is corrupt: then it is asked for again."""
+        data = self._bytes(shard)
+        if data is None:
+            return None
+        try:
+            return decode(self.request, shard, data)
+        except Corrupt as error:
+            self._ask_again(shard, str(error))
+            return None
+
+    def _bytes(self, shard: int) -> bytes | None:
+        line = self.manifest.shards[shard]
+        path = self.directory / shard_name(shard)
+        try:
+            if line.bytes > self.request.shard_bytes or line.count != self.request.shard_trajectories:
+                raise Corrupt(f"{line.count} trajectories in {line.bytes} bytes are not one shard")
+            if (size := path.stat().st_size) != line.bytes:
+                raise Corrupt(f"{size} bytes, {line.bytes} expected")
+            data = path.read_bytes()
+            if zlib.crc32(data) != line.crc32:
+                raise Corrupt("its checksum is not the one of the manifest")
+        except (OSError, Corrupt) as error:
+            self._ask_again(shard, str(error))
+            return None
+        return data
+
+    def _ask_again(self, shard: int, reason: str) -> None:
+        self._bad[shard] = (self.manifest.generation[shard], reason)
+        self.notice(f"{self.directory / shard_name(shard)}: corrupt ({reason}); asked for again")
+        self._report_bad()
+
+    def _is_bad(self, shard: int) -> bool:
+        return shard in self._bad and self._bad[shard][0] == self.manifest.generation[shard]
+
+    def _report_bad(self) -> None:
+        """Tell the samplers; where the disk is full, at a later call."""
+        for shard, (generation, reason) in self._bad.items():
+            if shard in self.manifest.shards and self._is_bad(shard):
+                try:
+                    self.manifest.redo(shard, generation, reason)
+                except OSError:
+                    return
+        if self._bad:
+            self.manifest.refresh()
+
+
+def decode(request: ReplayRequest, shard: int, data: bytes) -> DecodedShard:
+    """The contents of a shard's tar. Raises Corrupt where a member is missing, surplus or not as it must be."""
+    image, points = request.image_shape, (request.points_per_trajectory, *request.image_shape)
+    shapes: dict[str, tuple[int, ...]] = {"end.npy": image} if request.renoised else {"states.npy": points}
+    if request.teacher_targets:
+        shapes["targets.npy"] = points
+    first = shard * request.shard_trajectories
+    records: list[dict[str, Any]] = []
+    arrays: dict[str, list[Float16]] = {name: [] for name in shapes}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for trajectory in range(first, first + request.shard_trajectories):
+                key = trajectory_key(trajectory)
+                records.append(_record(_member(tar, data, f"{key}.json"), trajectory, request))
+                for name, shape in shapes.items():
+                    arrays[name].append(_array(_member(tar, data, f"{key}.{name}"), shape))
+            if tar.next() is not None:
+                raise Corrupt("more members than a shard has")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise Corrupt(f"not a tar ({error})") from None
+    stacked = {name: np.stack(parts) for name, parts in arrays.items()}
+    return DecodedShard(
+        label=np.array([record["label"] for record in records], dtype=np.int64),
+        t=np.array([record["timesteps"] for record in records], dtype=np.int64),
+        seeds=np.array([record["seeds"] for record in records], dtype=np.int64),
+        images=stacked["end.npy" if request.renoised else "states.npy"],
+        targets=stacked.get("targets.npy"),
+    )
+
+
+def _member(tar: tarfile.TarFile, data: bytes, name: str) -> bytes:
+    """The next member, which must be this regular file. Nothing is ever extracted to a path."""
+    member = tar.next()
+    if member is None or member.name != name or not member.isreg():
+        raise Corrupt(f"member {name} expected, {member.name if member else 'the end'} found")
+    return data[member.offset_data : member.offset_data + member.size]
+
+
+def _record(data: bytes, trajectory: int, request: ReplayRequest) -> dict[str, Any]:
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"trajectory {trajectory}: {error}") from None
+    if not isinstance(record, dict) or record.get("schema") != REQUEST_SCHEMA:
+        raise Corrupt(f"trajectory {trajectory}: not of schema {REQUEST_SCHEMA}")
+    lists = [record.get("timesteps"), record.get("seeds")]
+    numbers = [record.get("label"), *(value for part in lists if isinstance(part, list) for value in part)]
+    if len(numbers) != 1 + 2 * request.points_per_trajectory or not all(type(value) is int for value in numbers):
+        raise Corrupt(f"trajectory {trajectory}: its label, timesteps or seeds are malformed")
+    if not all(-(2**63) <= value < 2**63 for value in numbers):
+        raise Corrupt(f"trajectory {trajectory}: a seed is not a 64-bit number")
+    if not all(0 <= t < request.timesteps for t in record["timesteps"]):
+        raise Corrupt(f"trajectory {trajectory}: a timestep lies outside the schedule")
+    if record.get("trajectory") != trajectory or len(record["seeds"]) != request.points_per_trajectory:
+        raise Corrupt(f"trajectory {trajectory}: holds another's record")
+    return record
+
+
+def _array(data: bytes, shape: tuple[int, ...]) -> Float16:
+    header = _header(shape)
+    if not data.startswith(header) or len(data) != len(header) + 2 * int(np.prod(shape)):
+        raise Corrupt(f"not an fp16 array of shape {shape}")
+    return np.frombuffer(data, dtype="<f2", offset=len(header)).reshape(shape)
+
+
+def as_tensor(array: Float16 | Int64) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))

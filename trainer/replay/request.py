@@ -1,0 +1,278 @@
+"""What the trainer asks of its samplers for one task, and what that will cost.
+
+Everything about a replay point (its trajectory, label, seeds, timestep, the step that uses it) is a function of this
+request and the point's position alone: trainers and samplers of any number agree without talking.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import Config, MethodName, OnStarved, Placement, Points, Precision
+from trainer.data.shards import write_atomic
+from trainer.errors import ConfigError, UserError
+from trainer.run import RunDir
+
+if TYPE_CHECKING:
+    from trainer.models.teacher import TeacherCard
+
+REQUEST_SCHEMA = 1
+_BLOCK, _RECORD, _NPY_HEADER = 512, 10240, 128  # of tar and npy files
+# What may change between attempts without making another pool.
+_FREE_FIELDS = ("teacher", "positions", "shards", "reuse", "pool_bytes")
+KEPT_SHARDS = 4  # on_starved=reuse draws on so many of the latest shards
+_SPARE_SHARDS = 3  # beside those used between two checkpoints: one kept back, one at each end of the interval
+
+
+@dataclass(frozen=True)
+class ReplayRequest:
+    """`tasks/<k>/replay/request.json`, for learning task `task` (>= 2) with the teacher of the task before.
+
+    `classes` are the global ids of all classes the teacher knows, in their fixed order. `points` is "renoised" (an end
+    point x_0 and fresh noise) or "trajectory" (states on the DDIM path); `targets` is "teacher" (its prediction) or
+    "noise". `positions` replay points are used over the whole task, from `shards` shards, each stored point `reuse`
+    times. A shard holds `shard_trajectories` trajectories of `points_per_trajectory` points and is sampled in
+    micro-batches of `sampler_batch`. No more than `pool_bytes` of shards lie on disk at once.
+    """
+
+    task: int
+    teacher: str  # directory, relative to the run directory
+    teacher_id: str
+    seed: int
+    classes: list[int]
+    conditional: bool
+    image_size: int
+    channels: int
+    timesteps: int
+    points: str
+    targets: str
+    steps: int
+    eta: float
+    clip_sample: bool
+    points_per_trajectory: int
+    jitter: bool
+    shard_trajectories: int
+    sampler_batch: int
+    precision: str
+    positions: int
+    shards: int
+    reuse: int
+    pool_bytes: int
+    schema: int = REQUEST_SCHEMA
+
+    @property
+    def renoised(self) -> bool:
+        return self.points == Points.renoised.value
+
+    @property
+    def teacher_targets(self) -> bool:
+        return self.targets == "teacher"
+
+    @property
+    def shard_points(self) -> int:
+        """Points of one shard (S)."""
+        return self.shard_trajectories * self.points_per_trajectory
+
+    @property
+    def shard_uses(self) -> int:
+        """Positions that one shard serves."""
+        return self.shard_points * self.reuse
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.image_size, self.image_size
+
+    @property
+    def evaluations_per_trajectory(self) -> int:
+        """Network evaluations per image: the sampler's, and one for each teacher target at a re-noised point."""
+        relabelled = self.points_per_trajectory if self.renoised and self.teacher_targets else 0
+        return self.steps + relabelled
+
+    @property
+    def shard_bytes(self) -> int:
+        """Upper bound of the size of one shard's tar."""
+        image = 2 * math.prod(self.image_shape)  # fp16
+        points = self.points_per_trajectory * image
+        arrays = [image if self.renoised else points] + ([points] if self.teacher_targets else [])
+        longest = {
+            "schema": REQUEST_SCHEMA,
+            "trajectory": 2**63,
+            "label": 2**31,
+            "seed": -(2**63),
+            "timesteps": [self.timesteps] * self.points_per_trajectory,
+            "seeds": [-(2**63)] * self.points_per_trajectory,
+        }
+        members = [len(json.dumps(longest))] + [_NPY_HEADER + size for size in arrays]
+        content = self.shard_trajectories * sum(_BLOCK + _round_up(size, _BLOCK) for size in members)
+        return _round_up(content + 2 * _BLOCK, _RECORD)
+
+    @property
+    def capacity(self) -> int:
+        """Shards that the pool may hold at once."""
+        return self.pool_bytes // self.shard_bytes
+
+    def shard_of(self, position: int) -> int:
+        return position // self.shard_uses
+
+    def sampler(self) -> dict[str, Any]:
+        """What decides the bytes of a shard, beside the teacher: kept in the manifest with each shard."""
+        return {key: value for key, value in asdict(self).items() if key not in (*_FREE_FIELDS, "teacher_id")}
+
+
+def make_request(
+    config: Config, run: RunDir, task: int, classes: Sequence[int], card: TeacherCard, steps_per_task: int
+) -> ReplayRequest:
+    """The request for learning `task` from the teacher of `task - 1`, checked.
+
+    Args:
+        classes: global ids of the classes learnt before `task`.
+        card: of the teacher in `run.teacher(task - 1)`.
+
+    Raises:
+        UserError: a teacher of something else, or settings that cannot be served, naming the file or key.
+    """
+    directory = run.teacher(task - 1)
+    for name, found, wanted in (
+        ("task", card.task, task - 1),
+        ("classes", sorted(card.classes), sorted(classes)),
+        ("image_size", card.image_size, config.data.image_size),
+        ("channels", card.channels, config.data.channels),
+    ):
+        if found != wanted:
+            raise UserError(f"{directory / 'card.json'}: {name} is {found}, this run needs {wanted}: another teacher")
+    return plan_request(config, task, classes, steps_per_task, teacher_id=card.teacher_id)
+
+
+def plan_request(
+    config: Config, task: int, classes: Sequence[int], steps_per_task: int, teacher_id: str = ""
+) -> ReplayRequest:
+    """The same before there is a teacher, for `estimate`. Raises ConfigError, naming the key."""
+    replay = config.replay
+    inline = replay.placement is Placement.inline
+    points = 1 if inline else replay.points_per_trajectory  # in the loop each point has a trajectory of its own
+    positions = steps_per_task * config.replay_batch
+    uses = replay.shard_trajectories * points * replay.reuse
+    request = ReplayRequest(
+        task=task,
+        teacher=str(RunDir(Path()).teacher(task - 1)),
+        teacher_id=teacher_id,
+        seed=config.run.seed,
+        classes=list(classes),
+        conditional=config.model.conditional,
+        image_size=config.data.image_size,
+        channels=config.data.channels,
+        timesteps=config.diffusion.timesteps,
+        points=replay.points.value,
+        targets="noise" if config.method.name is MethodName.generative_replay else "teacher",
+        steps=replay.steps,
+        eta=replay.eta,
+        clip_sample=replay.clip_sample,
+        points_per_trajectory=points,
+        jitter=replay.points is Points.trajectory,
+        shard_trajectories=replay.shard_trajectories,
+        sampler_batch=replay.sampler_batch,
+        precision=replay.precision.value,
+        positions=positions,
+        shards=0 if inline else math.ceil(positions / uses),
+        reuse=replay.reuse,
+        pool_bytes=int(replay.pool_gb * 1e9),
+    )
+    _check(request, config)
+    if not inline:
+        _check_pool(request, config, steps_per_task)
+    return request
+
+
+def estimate(request: ReplayRequest) -> dict[str, int]:
+    """What a request costs in all: shards, trajectories, points used, bytes written and held at once, evaluations."""
+    trajectories = request.shards * request.shard_trajectories
+    if not request.shards:  # in the loop
+        trajectories = math.ceil(request.positions / request.points_per_trajectory)
+    written = request.shards * request.shard_bytes
+    return {
+        "shards": request.shards,
+        "trajectories": trajectories,
+        "points": request.positions,
+        "bytes": written,
+        "disk_bytes": min(written, request.capacity * request.shard_bytes),
+        "evaluations": trajectories * request.evaluations_per_trajectory,
+    }
+
+
+def write_request(run: RunDir, request: ReplayRequest) -> None:
+    """Publish a request; the same one again changes nothing.
+
+    Raises:
+        UserError: the pool already there belongs to another teacher or was sampled otherwise.
+    """
+    path = run.replay_request(request.task)
+    if path.exists():
+        old = read_request(path)
+        for key in ("teacher_id", *request.sampler()):
+            if getattr(old, key) != getattr(request, key):
+                raise UserError(
+                    f"{path}: the pool was made with {key}={getattr(old, key)}, the run now asks for "
+                    f"{getattr(request, key)}: remove {path.parent} to make it anew"
+                )
+    write_atomic(path, json.dumps(asdict(request), indent=1).encode())
+
+
+def read_request(path: Path) -> ReplayRequest:
+    """Raises UserError, naming the file, where it is missing, unreadable or of another schema."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable ({error})") from None
+    if not isinstance(content, dict) or content.get("schema") != REQUEST_SCHEMA:
+        raise UserError(f"{path}: not a replay request of schema {REQUEST_SCHEMA}")
+    names = {field.name: str(field.type) for field in fields(ReplayRequest)}
+    for name, kind in names.items():
+        if name not in content or type(content[name]).__name__ != kind.partition("[")[0]:
+            raise UserError(f"{path}: {name} is missing or not of type {kind}")
+    unknown = content.keys() - names.keys()
+    if unknown:
+        raise UserError(f"{path}: unknown key {sorted(unknown)[0]}")
+    return ReplayRequest(**content)
+
+
+def _check(request: ReplayRequest, config: Config) -> None:
+    if request.task < 2:
+        raise ConfigError(f"task {request.task}: there is nothing to replay before the second task")
+    if not request.renoised and not request.teacher_targets:
+        raise ConfigError("replay.points=trajectory: generative_replay has no targets on a trajectory; take renoised")
+    if not request.renoised and request.points_per_trajectory > request.steps:
+        raise ConfigError(
+            f"replay.points_per_trajectory={request.points_per_trajectory}: a trajectory of replay.steps="
+            f"{request.steps} has no more points"
+        )
+    if config.replay.precision is Precision.fp16 and config.replay.device == "cpu":
+        raise ConfigError("replay.precision=fp16: not on replay.device=cpu; take fp32 or bf16")
+
+
+def _check_pool(request: ReplayRequest, config: Config, steps_per_task: int) -> None:
+    """A pool must hold what is used between two checkpoints: only then are shards given back."""
+    size, limit = request.shard_bytes, config.replay.pool_gb
+    if request.capacity < 1:
+        raise ConfigError(
+            f"replay.pool_gb={limit:g}: one shard of replay.shard_trajectories={request.shard_trajectories} has "
+            f"{size / 1e9:.3g} GB"
+        )
+    every = config.checkpoint.every_images or math.ceil(config.train.images_per_task / 4)
+    steps = min(steps_per_task, math.ceil(every / config.train.global_batch))
+    between = math.ceil(steps * config.replay_batch / request.shard_uses)
+    kept = KEPT_SHARDS if config.replay.on_starved is OnStarved.reuse else 0
+    needed = min(request.shards, between + _SPARE_SHARDS + kept)
+    if request.capacity < needed:
+        raise ConfigError(
+            f"replay.pool_gb={limit:g}: holds {request.capacity} shards, {needed} are needed from one checkpoint to "
+            f"the next ({needed * size / 1e9:.3g} GB); checkpoint more often (checkpoint.every_images)"
+        )
+
+
+def _round_up(size: int, unit: int) -> int:
+    return (size + unit - 1) // unit * unit

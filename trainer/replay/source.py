@@ -1,0 +1,156 @@
+"""Where a method's replay points come from: a pool filled by samplers, or the teacher in the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainer.config import Config, Placement
+from trainer.data.batch import Examples
+from trainer.diffusion.schedules import NoiseSchedule
+from trainer.replay.points import first_points, to_examples
+from trainer.replay.pool_source import Journal, PoolSource, Ranks
+from trainer.replay.request import ReplayRequest
+from trainer.replay.teacher import open_teacher
+from trainer.replay.trajectory import sample_trajectories
+from trainer.run import RunDir
+
+__all__ = ["InlineSource", "PoolSource", "ReplaySource", "open_source"]
+
+
+class ReplaySource(Protocol):
+    """What the loop knows of replay."""
+
+    def points(self, step: int) -> Examples | None:
+        """This rank's share of a step's replay points, on its device; None where the step goes without."""
+        ...
+
+    def release(self, step: int) -> None:
+        """A checkpoint after `step` steps is published. Every rank calls it."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Counters over the task so far and the state of the pool, without touching the device."""
+        ...
+
+    def close(self) -> None:
+        """Leave no thread behind."""
+        ...
+
+
+class InlineSource:
+    """The papers' way: the training process itself samples one fresh trajectory for each replay point.
+
+    N + 1 evaluations of the teacher per point, N where the target is the noise. Position p uses trajectory p; points
+    are the same, up to the composition of the teacher's batches, as those of a pool with one point per trajectory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: NoiseSchedule,
+        request: ReplayRequest,
+        *,
+        batch: int,
+        world: Ranks,
+        device: torch.device,
+        dtype: torch.dtype,
+        restored: Mapping[str, float] | None = None,
+    ) -> None:
+        """`model` is the frozen teacher on `device`; `batch` is over all ranks."""
+        assert request.points_per_trajectory == 1, "one point of each trajectory"
+        assert batch % world.size == 0, "checked before the run starts"
+        self.model, self.schedule, self.request = model, schedule.to(device), request
+        self.batch, self.world, self.device, self.dtype = batch, world, device, dtype
+        self.counters = {name: (restored or {}).get(name, 0) for name in ("points_used", "teacher_evaluations")}
+
+    def points(self, step: int) -> Examples:
+        share, size = self.batch // self.world.size, self.request.sampler_batch
+        first = step * self.batch + self.world.rank * share
+        pieces = [self._piece(start, min(start + size, first + share)) for start in range(first, first + share, size)]
+        self.counters["points_used"] += self.batch
+        self.counters["teacher_evaluations"] += self.batch * self.request.evaluations_per_trajectory
+        if len(pieces) == 1:
+            return pieces[0]
+        return Examples(
+            torch.cat([piece.x for piece in pieces]),
+            torch.cat([piece.t for piece in pieces]),
+            torch.cat([piece.target for piece in pieces]),
+            torch.cat([piece.label for piece in pieces]),
+        )
+
+    def release(self, step: int) -> None:
+        """Nothing is stored, so nothing is given back."""
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            **self.counters,
+            "starved_seconds": 0.0,
+            "starved_steps": 0,
+            "pool_ready": 0,
+            "pool_needed": 0,
+            "events": {},
+        }
+
+    def close(self) -> None:
+        """There is no thread."""
+
+    def _piece(self, start: int, stop: int) -> Examples:
+        indices = np.arange(start, stop, dtype=np.int64)
+        batch = sample_trajectories(self.model, self.schedule, self.request, indices, self.device)
+        return to_examples(self.request, first_points(self.request, batch), self.schedule, self.device, self.dtype)
+
+
+def open_source(
+    config: Config,
+    run: RunDir,
+    request: ReplayRequest,
+    *,
+    world: Ranks,
+    device: torch.device,
+    dtype: torch.dtype,
+    schedule: NoiseSchedule,
+    start_step: int = 0,
+    restored: Mapping[str, float] | None = None,
+    journal: Journal | None = None,
+) -> ReplaySource:
+    """The source that `replay.placement` asks for, from `start_step` of the task on.
+
+    Args:
+        schedule: the student's, which is the teacher's.
+        restored: `stats()` as saved with the checkpoint at `start_step`.
+
+    Raises:
+        UserError: no such teacher, or a pool of another one.
+    """
+    if config.replay.placement is Placement.inline:
+        model, own = open_teacher(run, request, device)
+        return InlineSource(
+            model,
+            own,
+            request,
+            batch=config.replay_batch,
+            world=world,
+            device=device,
+            dtype=dtype,
+            restored=restored,
+        )
+    return PoolSource(
+        run,
+        request,
+        batch=config.replay_batch,
+        world=world,
+        schedule=schedule,
+        device=device,
+        dtype=dtype,
+        on_starved=config.replay.on_starved,
+        timeout=config.replay.timeout,
+        start_step=start_step,
+        prefetch=config.data.prefetch,
+        restored=restored,
+        journal=journal,
+    )

@@ -1,0 +1,238 @@
+"""Keeping samplers alive: a thread that starts a sampler, restarts it when it dies, and ends it with its process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+from trainer.lifeline import tie_to_launcher
+from trainer.replay.child import PARENT_VARIABLE
+from trainer.replay.state import State, process_started, read_json, read_state, write_json
+from trainer.run import RunDir
+
+PACKAGE_ROOT = Path(__file__).resolve().parent.parent.parent
+POLL_SECONDS = 0.2
+STOP_SECONDS = 3.0  # between SIGTERM and SIGKILL
+ANNOUNCE_SECONDS = 10.0  # after which clocks of two nodes are taken to disagree
+BACKOFF_SECONDS, LONGEST_BACKOFF = 0.5, 30.0
+# A sampler is no rank of anything.
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_", "CROSS_", "GROUP_", "ROLE_")
+
+
+def child_environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
+    """The environment of a sampler: without the launcher's ranks, with this package on its path."""
+    kept = {name: value for name, value in environ.items() if not name.startswith(_RANK_VARIABLES)}
+    paths = [str(PACKAGE_ROOT), *filter(None, [environ.get("PYTHONPATH")])]
+    return kept | {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        PARENT_VARIABLE: str(os.getpid()),
+    }
+
+
+class Supervisor:
+    """Runs sampler `worker` of `workers` as a child, from `start` to `stop`.
+
+    The child has a session of its own, so that signals to the trainer's group leave it alone, and dies with the
+    thread that supervises it. One that dies is started again, each time later, until it has died more than
+    `restarts` times in a row without publishing a shard; then it is given up and `replay.on_starved` decides. What
+    happened stands in `run.supervisor(worker)` for every process to read.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        worker: int,
+        workers: int,
+        device: str,
+        threads: int = 1,
+        restarts: int = 3,
+        attempt: int = 1,
+        backoff: float = BACKOFF_SECONDS,
+    ) -> None:
+        """`attempt` names the directory of the log; `backoff` is the first pause before a restart, in seconds."""
+        self.run, self.worker, self.workers, self.device = run, worker, workers, device
+        self.threads, self.restarts, self.backoff = threads, restarts, backoff
+        self.log = run.teacher_log(attempt, worker)
+        self.restarted = 0
+        self.given_up = ""
+        self.child: subprocess.Popen[bytes] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name=f"supervisor-{worker}", daemon=True)
+
+    def start(self) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._report()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the child: SIGTERM, then SIGKILL. Repeatable."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        """The child's parent thread: it must not end before the child does."""
+        deaths = 0  # in a row, without a new shard
+        while not self._stop.is_set():
+            code = self._run_child()
+            if self._stop.is_set():
+                return
+            deaths = 0 if self._child_published() else deaths + 1
+            if deaths > self.restarts:
+                self._give_up(deaths, code)
+                return
+            self.restarted += 1
+            self._stop.wait(min(self.backoff * 2 ** min(max(deaths - 1, 0), 10), LONGEST_BACKOFF))
+
+    def _run_child(self) -> int:
+        """Start the child and wait until it ends, by itself or because `stop` was called; its exit code."""
+        try:
+            child = self._start_child()
+        except OSError as error:  # no room for the log, no more processes: as if the child had died
+            print(f"sampler {self.worker}: {error}", file=sys.stderr, flush=True)
+            return error.errno or 1
+        while child.poll() is None:
+            if self._stop.wait(POLL_SECONDS):
+                return self._end_child(child)
+        return child.returncode
+
+    def _start_child(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            child = subprocess.Popen(
+                self._command(),
+                env=child_environment(os.environ, self.threads),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.child = child
+        self._report()
+        return child
+
+    def _command(self) -> list[str]:
+        return [
+            *(sys.executable, "-m", "trainer.replay", "--run", str(self.run.root), "--device", self.device),
+            *("--worker", str(self.worker), "--workers", str(self.workers), "--threads", str(self.threads)),
+        ]
+
+    def _end_child(self, child: subprocess.Popen[bytes]) -> int:
+        child.terminate()
+        try:
+            return child.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            return child.wait()
+
+    def _child_published(self) -> bool:
+        beat = read_json(self.run.sampler(self.worker))
+        return self.child is not None and beat.get("pid") == self.child.pid and beat.get("shards", 0) > 0
+
+    def _give_up(self, times: int, code: int) -> None:
+        died = f"died {times} times in a row (last exit code {code})" if times > 1 else f"died once (exit code {code})"
+        self.given_up = f"sampler {self.worker} {died}, see {self.log}: {self._last_word()}"
+        self._report()
+
+    def _last_word(self) -> str:
+        """The last line of the child's log."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, self.log.stat().st_size - 4096))
+                lines = file.read().decode(errors="replace").split("\n")
+        except OSError:
+            return "unreadable"
+        return next((line.strip() for line in reversed(lines) if line.strip()), "empty")
+
+    def _report(self) -> None:
+        status = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "time": time.time(),
+            "child": self.child.pid if self.child is not None else 0,
+            "restarts": self.restarted,
+            "given_up": self.given_up,
+        }
+        try:
+            write_json(self.run.supervisor(self.worker), status)
+        except OSError as error:  # a full disk must not end the supervision
+            print(f"{self.run.supervisor(self.worker)}: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def supervise_until_finished(
+    run: RunDir, *, worker: int, workers: int, device: str, threads: int = 1, restarts: int = 3
+) -> None:
+    """What a teacher rank does (`replay.placement=ranks`): keep its sampler alive until the run ends.
+
+    Never fails: a launcher would take the trainer ranks down with it. Returns once `state.json` says, in this
+    launch, that the run is finished, once the launcher is gone, or on SIGTERM, which a launcher sends to this rank
+    only when the trainer ranks before it have ended.
+    """
+    launch = Launch(run)
+    signal.signal(signal.SIGTERM, launch.heed)
+    tie_to_launcher()
+    while not launch.over() and not launch.announced():
+        launch.told.wait(POLL_SECONDS)
+    if launch.over():
+        return
+    supervisor = Supervisor(
+        run,
+        worker=worker,
+        workers=workers,
+        device=device,
+        threads=threads,
+        restarts=restarts,
+        attempt=newest_attempt(run),
+    )
+    supervisor.start()
+    while not launch.over():
+        launch.told.wait(POLL_SECONDS)
+    supervisor.stop()
+
+
+class Launch:
+    """Tells what the trainer says in this launch from what an earlier attempt left in `state.json`."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run, self.left = run, read_state(run)
+        self.launcher = os.getppid()
+        self.began = process_started(self.launcher)
+        self.told = threading.Event()
+        self._waited_since = time.monotonic()
+
+    def heed(self, number: int, frame: FrameType | None) -> None:
+        """A signal handler: the launch is over."""
+        self.told.set()
+
+    def announced(self) -> bool:
+        """Whether the trainer is at work, so its log directory exists. After a while an unfinished state will do,
+        should the clocks of two nodes disagree."""
+        state = read_state(self.run)
+        if self._is_new(state):
+            return True
+        return state is not None and not state.finished and time.monotonic() - self._waited_since > ANNOUNCE_SECONDS
+
+    def over(self) -> bool:
+        """Whether this rank is no longer needed."""
+        state = read_state(self.run)
+        finished = state is not None and state.finished and self._is_new(state)
+        return finished or self.told.is_set() or os.getppid() != self.launcher
+
+    def _is_new(self, state: State | None) -> bool:
+        return state is not None and (state.time >= self.began or state != self.left)
+
+
+def newest_attempt(run: RunDir) -> int:
+    """The attempt whose log directory was made last; 1 where there is none."""
+    numbers = [path.name.rpartition("-")[2] for path in run.log(1).parent.glob("attempt-*")]
+    return max((int(number) for number in numbers if number.isdigit()), default=1)

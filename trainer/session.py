@@ -1,0 +1,170 @@
+"""From a configuration to a finished run: who this process is, what is checked, what is started and ended."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from trainer.config import Config, Placement
+from trainer.data.shards import read_card
+from trainer.engine import check_engine
+from trainer.errors import UserError
+from trainer.judge import Judge, picture_paths
+from trainer.lifeline import tie_to_launcher
+from trainer.loop import Trainer
+from trainer.preflight import finished_result, lock_run, preflight, resolve_root
+from trainer.replay.state import write_state
+from trainer.replay.supervisor import Supervisor, supervise_until_finished
+from trainer.run import RunDir
+from trainer.settings import check_world
+from trainer.stop import Stopped
+from trainer.tracking.table import print_result
+from trainer.tracking.tracker import Tracker, open_tracker
+from trainer.world import Role, World, join_world, leave_world, split_ranks
+
+FAILED = 1
+
+
+def train(config: Config) -> int:
+    """Train a configuration on the ranks that a launcher started, this one among them. Returns the exit code.
+
+    Raises:
+        UserError: before the first step, for what a person can mend.
+    """
+    cuda = torch.cuda.is_available()
+    run = RunDir(Path(config.run.dir) / config.run.name)
+    teachers = config.replay.devices_per_node if uses_teacher_ranks(config) else 0
+    role = split_ranks(os.environ, teachers)
+    check_engine(config, "cuda" if cuda else "cpu")
+    if role.kind == "teacher":
+        return teach(config, run, role, cuda)
+    check_world(config, role.count, cuda)
+    resolve_root(config)
+    tie_to_launcher()
+    done = finished_result(run, config)
+    if role.index == 0:
+        lock_run(run)
+        preflight(config, run)
+    if done is not None:
+        if role.index == 0:
+            write_state(run, len(config.data.tasks), finished=True)
+            print_result(done, picture_paths(run, len(config.data.tasks)))
+        return 0
+    world = join_world(teachers, config.train.threads or trainer_threads(config, role))
+    code = FAILED
+    try:
+        code = work(config, run, world)
+    finally:  # a rank that fails must end at once, or the others wait for it
+        if code == FAILED:
+            traceback.print_exc()
+        leave_world(code)
+
+
+def work(config: Config, run: RunDir, world: World) -> int:
+    """Learn, with the sidecar beside it; the exit code."""
+    try:
+        with ExitStack() as stack:
+            attempt = next_attempt(run) if world.is_main else 0
+            tracker = stack.enter_context(
+                open_tracker(run, config, len(config.data.tasks)) if world.is_main else Tracker()
+            )
+            if world.is_main:
+                for supervisor in supervisors(config, run, world, attempt):
+                    supervisor.start()
+                    stack.callback(supervisor.stop)
+            names = read_card(Path(config.data.root)).classes
+            gc.disable()  # the loop collects at fixed steps, the same on all ranks
+            judge = Judge(config, run, world, tracker, names)
+            content = Trainer(config, run, world, tracker, judge).fit()
+            if world.is_main:
+                write_state(run, len(config.data.tasks), finished=True)
+        if world.is_main:
+            print_result(content, picture_paths(run, len(config.data.tasks)))
+        return 0
+    except Stopped as stopped:
+        if world.is_main:
+            write_state(run, stopped.task, finished=True)
+            print(f"{run.root}: {stopped}", flush=True)
+        return 0
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+
+
+def teach(config: Config, run: RunDir, role: Role, cuda: bool) -> int:
+    """The life of a teacher rank: keep a sampler going until the run is finished."""
+    if finished_result(run, config) is not None:
+        return 0
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    supervise_until_finished(
+        run,
+        worker=role.index,
+        workers=role.count,
+        device=device,
+        threads=config.replay.threads,
+        restarts=config.replay.restarts,
+    )
+    return 0
+
+
+def supervisors(config: Config, run: RunDir, world: World, attempt: int) -> list[Supervisor]:
+    """The sidecars that the main rank keeps going itself (`replay.placement=subprocess`)."""
+    if not config.needs_teacher or config.replay.placement is not Placement.subprocess or len(config.data.tasks) < 2:
+        return []
+    return [
+        Supervisor(
+            run,
+            worker=worker,
+            workers=config.replay.workers,
+            device=sidecar_device(config, world, worker),
+            threads=config.replay.threads,
+            restarts=config.replay.restarts,
+            attempt=attempt,
+        )
+        for worker in range(config.replay.workers)
+    ]
+
+
+def uses_teacher_ranks(config: Config) -> bool:
+    """Whether some of the launched ranks are teachers."""
+    return config.needs_teacher and config.replay.placement is Placement.ranks
+
+
+def sidecar_device(config: Config, world: World, worker: int) -> str:
+    """`replay.device`, or else the GPUs after those of the trainer ranks, or else the trainers' own."""
+    if config.replay.device:
+        return config.replay.device
+    if world.device.type != "cuda":
+        return "cpu"
+    devices = torch.cuda.device_count()
+    trainers = int(os.environ.get("LOCAL_SIZE", "1"))
+    return f"cuda:{(trainers + worker) % devices}"
+
+
+def trainer_threads(config: Config, role: Role) -> int:
+    """CPU threads of a trainer rank: this node's cores, less the teachers', shared out between its trainer ranks."""
+    cores = len(os.sched_getaffinity(0))
+    local = int(
+        role.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1
+    )
+    busy = 0
+    if config.needs_teacher and config.replay.placement is Placement.subprocess and not torch.cuda.is_available():
+        busy = config.replay.workers * config.replay.threads
+    elif uses_teacher_ranks(config):
+        busy = config.replay.devices_per_node * config.replay.threads
+    return max(1, (cores - busy) // local)
+
+
+def next_attempt(run: RunDir) -> int:
+    """The number of this start of the run, from 1; makes its log directory."""
+    attempt = 1
+    while run.log(attempt).exists():
+        attempt += 1
+    run.log(attempt).mkdir(parents=True)
+    return attempt

@@ -1,0 +1,75 @@
+"""Arithmetic of steps, and the pieces of a step that know nothing of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from trainer.config import Config
+from trainer.data.batch import Examples
+from trainer.models.denoiser import Denoiser, build_denoiser
+from trainer.seeds import hash_key
+
+CHECKPOINTS_PER_TASK = 4  # with checkpoint.every_images=0
+
+
+def steps_per_task(config: Config) -> int:
+    """Optimiser steps of each task: `train.images_per_task`, rounded up to whole global batches."""
+    return math.ceil(config.train.images_per_task / config.train.global_batch)
+
+
+def checkpoint_interval(config: Config) -> int:
+    """Steps between two checkpoints within a task."""
+    every = config.checkpoint.every_images or math.ceil(config.train.images_per_task / CHECKPOINTS_PER_TASK)
+    return math.ceil(every / config.train.global_batch)
+
+
+def fresh_model(config: Config) -> Denoiser:
+    """The untrained model: its initial weights are a function of the run's seed.
+
+    With `train.compile` its blocks are compiled in place, so parameter names stay as they are.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(hash_key(f"{config.run.seed}/model") % 2**63)
+        model = build_denoiser(
+            config.model,
+            image_size=config.data.image_size,
+            channels=config.data.channels,
+            max_classes=config.model.max_classes,
+        )
+    if config.train.compile:
+        for block in (*model.unet.down_blocks, model.unet.mid_block, *model.unet.up_blocks):
+            if block is not None:
+                block.compile()
+    return model
+
+
+def micro_batches(
+    current: Examples, rehearsed: Examples | None, count: int
+) -> Iterator[tuple[Examples, Examples | None]]:
+    """Cut a rank's share of a step into `count` equal micro-batches, rehearsal in the same proportion."""
+    if count == 1:
+        yield current, rehearsed
+        return
+    for number in range(count):
+        yield _part(current, number, count), None if rehearsed is None else _part(rehearsed, number, count)
+
+
+def replay_metrics(stats: Mapping[str, Any]) -> dict[str, float]:
+    """What the log and the progress bar show of a replay source."""
+    needed = stats["pool_needed"]
+    return {
+        "pool_ready": stats["pool_ready"],
+        "pool_fill": stats["pool_ready"] / needed if needed else 1.0,
+        "starved_seconds": stats["starved_seconds"],
+        "teacher_evaluations": stats["teacher_evaluations"],
+    }
+
+
+def _part(examples: Examples, number: int, count: int) -> Examples:
+    size = len(examples) // count
+    rows = slice(number * size, (number + 1) * size)
+    return Examples(examples.x[rows], examples.t[rows], examples.target[rows], examples.label[rows])

@@ -1,0 +1,202 @@
+"""The training world: which ranks train, on which device, and the few collectives outside the engine.
+
+Nothing here compiles anything: DeepSpeed's shared-memory collective for CPUs, which would need a C++ compiler and leaks
+/dev/shm, is switched off before it is looked for.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.errors import UserError
+from trainer.lifeline import tie_to_launcher
+
+# Longer than the main rank ever works alone (evaluation, writing) while the others wait in a collective.
+COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+SIOCGIFADDR = 0x8915
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a launched rank is for, with its place among the ranks of its kind over all nodes."""
+
+    kind: Literal["trainer", "teacher"]
+    index: int
+    count: int
+    environ: dict[str, str] = field(default_factory=dict)  # what a trainer rank changes before it joins the world
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place among the trainer ranks; every method is a collective of all of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def broadcast_int(self, value: int) -> int:
+        """The main rank's value (64 bit), on every rank."""
+        carrier = torch.tensor([value], dtype=torch.int64, device=self.device)
+        self.broadcast(carrier)
+        return int(carrier.item())
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite a tensor, on this world's device, with the main rank's."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; so also a point that every rank has reached."""
+        if self.size == 1:
+            return flag
+        carrier = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
+        dist.all_reduce(carrier, op=dist.ReduceOp.MAX)
+        return bool(carrier.item())
+
+    def barrier(self) -> None:
+        self.any(False)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Equal-shaped tensors (N, ...) of all ranks as (size * N, ...), in rank order."""
+        if self.size == 1:
+            return tensor
+        gathered = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
+        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        return gathered
+
+
+def split_ranks(environ: Mapping[str, str], devices_per_node: int) -> Role:
+    """The role of the rank that a launcher described in `environ`, when the last local ranks of each node teach.
+
+    Trainer ranks and teacher ranks are each numbered from 0 over the nodes, which must have equal numbers of ranks.
+
+    Raises:
+        UserError: no trainer rank is left, or the nodes are unequal.
+    """
+    rank, world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+    local_rank, local_size = int(environ.get("LOCAL_RANK", "0")), _local_size(environ)
+    if devices_per_node == 0:
+        return Role("trainer", rank, world_size)
+    trainers = local_size - devices_per_node
+    if trainers < 1:
+        raise UserError(
+            f"replay.devices_per_node={devices_per_node}: no rank is left to train of the {local_size} started on this "
+            "node; start more (deepspeed --num_gpus N) or take replay.placement=subprocess"
+        )
+    node, place = divmod(rank, local_size)
+    if world_size % local_size or place != local_rank:
+        raise UserError(
+            "replay.placement=ranks: needs nodes with equal numbers of ranks; make the slots of the hostfile equal"
+        )
+    nodes = world_size // local_size
+    if local_rank >= trainers:
+        return Role("teacher", node * devices_per_node + local_rank - trainers, nodes * devices_per_node)
+    index, count = node * trainers + local_rank, nodes * trainers
+    changed = {"RANK": index, "WORLD_SIZE": count, "LOCAL_SIZE": trainers, "LOCAL_WORLD_SIZE": trainers}
+    return Role("trainer", index, count, {name: str(value) for name, value in changed.items()})
+
+
+def join_world(placement_ranks_devices_per_node: int, threads: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
+    """Join the training world; once in a process, on trainer ranks only (`split_ranks` says which they are).
+
+    Args:
+        placement_ranks_devices_per_node: local ranks of each node that teach; 0 with every other placement.
+        threads: CPU threads of this rank; 0 shares the cores out between the local ranks.
+        timeout: of every collective, after which the rank fails instead of waiting on.
+    """
+    assert not dist.is_initialized(), "a process joins one world, once"
+    tie_to_launcher()
+    local_ranks = _local_size(os.environ)
+    role = split_ranks(os.environ, placement_ranks_devices_per_node)
+    assert role.kind == "trainer", "teacher ranks stay outside the training world"
+    os.environ.update(role.environ)
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    _stand_alone()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    _init_distributed(device, timeout)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def leave_world(code: int) -> NoReturn:
+    """End this process with the given exit code: with all the others after success, at once after a failure.
+
+    Past the interpreter's own shutdown, in which the threads of collectives abort now and then.
+    """
+    if code == 0 and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface through which this machine reaches `host` (IPv4), loopback for itself; None if unknown."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing: it only chooses the route
+            address = probe.getsockname()[0]
+        except OSError:
+            return None
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
+
+
+def _local_size(environ: Mapping[str, str]) -> int:
+    """Ranks on this node: deepspeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE."""
+    return int(environ.get("LOCAL_SIZE") or environ.get("LOCAL_WORLD_SIZE") or "1")
+
+
+def _stand_alone() -> None:
+    """Without a launcher this process is a world of one, on whichever port is free (0)."""
+    if "RANK" in os.environ:
+        return
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1, "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in alone.items()}, MASTER_ADDR="127.0.0.1")
+
+
+def _init_distributed(device: torch.device, timeout: timedelta) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("GLOO_LOG_LEVEL", "WARN")
+    if device.type == "cpu" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        # Otherwise gloo takes the address of the host name, which many systems map to 127.0.1.1.
+        name = interface_towards(os.environ["MASTER_ADDR"])
+        if name is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+    # Groups that DeepSpeed makes later ask for no timeout and get these defaults.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(dist.distributed_c10d, name, timeout)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    import deepspeed  # slow, and it chooses its accelerator while it is imported
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
