@@ -1,0 +1,174 @@
+"""What the ranks of a pool can be asked to do. Arguments and results are JSON; float32 survives it exactly."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import trainer.engine
+import trainer.partition
+from tests.distributed import toy
+from trainer.config import Config, OptimizerName, Precision
+from trainer.engine import Engine
+from trainer.errors import UserError
+from trainer.world import World
+
+
+def make_engine(world: World, **settings: Any) -> Engine:
+    """An engine of the toy, its parameters of 15 elements and more really sharded under ZeRO-3."""
+    config = Config()
+    config.zero.stage = settings.get("stage", 1)
+    config.train.precision = Precision(settings.get("precision", "fp32"))
+    config.train.global_batch = toy.GLOBAL_BATCH
+    config.train.micro_batch = settings.get("micro_batch", 0)
+    config.optimizer.name = OptimizerName(settings.get("optimizer", "adam"))
+    config.optimizer.clip_norm = settings.get("clip_norm", 0.0)
+    config.optimizer.weight_decay = settings.get("weight_decay", 0.0)
+    config.ema.decay = settings.get("decay", 0.0)
+    trainer.engine.PERSISTENT_NUMEL = 15
+    trainer.partition.GATHER_NUMEL = 7
+    return Engine(toy.make_model(settings.get("seed", 0)), config, world)
+
+
+def train_steps(engine: Engine, world: World, begin: int, end: int) -> dict[str, list[float]]:
+    """Global losses and gradient norms of the steps [begin, end)."""
+    losses, norms = list[float](), list[float]()
+    for step in range(begin, end):
+        engine.set_lr(toy.learning_rate(step))
+        parts = [part.chunk(engine.accumulation) for part in toy.batch(step, world.rank, world.size)]
+        local = torch.zeros(())
+        for x, t, label, target in zip(*parts, strict=True):
+            loss = (engine.model(x.to(engine.dtype), t, label).float() - target).pow(2).mean()
+            engine.backward(loss)
+            local += loss.detach() / engine.accumulation
+        engine.step()
+        losses.append(world.all_gather(local[None]).mean().item())
+        assert engine.grad_norm is not None and engine.grad_norm.dtype is torch.float32
+        norms.append(engine.grad_norm.item())
+    return {"losses": losses, "norms": norms}
+
+
+def plain(tensors: dict[str, Tensor]) -> dict[str, list[float]]:
+    return {name: tensor.flatten().tolist() for name, tensor in tensors.items()}
+
+
+def train(world: World, steps: int, reset_at: int | None = None, **settings: Any) -> dict[str, Any]:
+    """Train from the start, the moments reset before step `reset_at`; losses, norms, weights and EMA."""
+    engine = make_engine(world, **settings)
+    middle = steps if reset_at is None else reset_at
+    result = train_steps(engine, world, 0, middle)
+    if reset_at is not None:
+        engine.reset_moments()
+    rest = train_steps(engine, world, middle, steps)
+    result = {name: values + rest[name] for name, values in result.items()}
+    ending = {"weights": plain(engine.weights(ema=False)), "ema": plain(engine.weights(ema=True))}
+    engine.close()
+    return result | ending
+
+
+def save(world: World, directory: str, steps: int, **settings: Any) -> dict[str, Any]:
+    """Train and write a checkpoint."""
+    engine = make_engine(world, **settings)
+    train_steps(engine, world, 0, steps)
+    engine.save(Path(directory), {"seen_images": steps * toy.GLOBAL_BATCH})
+    weights = plain(engine.weights(ema=False))
+    engine.close()
+    return {"weights": weights}
+
+
+def resume(world: World, directory: str, begin: int, end: int, **settings: Any) -> dict[str, Any]:
+    """Go on from a checkpoint in an engine that began with other weights; what it loaded and what it then learnt."""
+    engine = make_engine(world, seed=1, **settings)
+    extra = engine.load(Path(directory))
+    loaded = plain(engine.weights(ema=False))
+    parts = [part[:2] for part in toy.batch(0)]
+    output = engine.model(parts[0].to(engine.dtype), parts[1], parts[2]).float()
+    result = train_steps(engine, world, begin, end)
+    result |= {"weights": plain(engine.weights(ema=False)), "ema": plain(engine.weights(ema=True))}
+    engine.close()
+    return result | {"extra": extra, "loaded": loaded, "output": output.flatten().tolist()}
+
+
+def resave(world: World, source: str, target: str, **settings: Any) -> None:
+    """Load a checkpoint and write it again, as this world and stage keep it."""
+    engine = make_engine(world, seed=1, **settings)
+    engine.save(Path(target), engine.load(Path(source)))
+    engine.close()
+
+
+def two_terms(world: World, steps: int, **settings: Any) -> list[float]:
+    """Two forward passes before each backward, as a distillation step has them, from the second step on."""
+    engine = make_engine(world, **settings)
+    losses = list[float]()
+    for step in range(steps):
+        engine.set_lr(1e-2)
+        x, t, label, target = toy.batch(step, world.rank, world.size)
+        loss = (engine.model(x, t, label) - target).pow(2).mean()
+        if step > 0:
+            loss = loss + 0.5 * engine.model(x.flip(0), t, None).pow(2).mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(world.all_gather(loss.detach()[None]).mean().item())
+    engine.close()
+    return losses
+
+
+def world_methods(world: World) -> dict[str, Any]:
+    """Every collective once, with what it gave on this rank."""
+    world.barrier()
+    mine = torch.tensor([[world.rank, 10.0 + world.rank]])
+    return {
+        "rank": world.rank,
+        "size": world.size,
+        "main": world.is_main,
+        "device": world.device.type,
+        "broadcast": world.broadcast_int(2**60 + world.rank),
+        "any": [world.any(False), world.any(world.rank == 1)],
+        "gathered": world.all_gather(mine).tolist(),
+        "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
+        "threads": torch.get_num_threads(),
+        "shared_memory": [path.name for path in Path("/dev/shm").glob("deepspeed*")],
+    }
+
+
+def group_timeouts(world: World) -> list[float]:
+    """Seconds after which collectives of the default group and of one made without asking for a timeout give up."""
+    groups: list[Any] = [torch.distributed.group.WORLD, torch.distributed.new_group()]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def fail(world: World, rank: int) -> None:
+    """Raise on one rank while the others wait for it."""
+    if world.rank == rank:
+        raise ValueError("as asked")
+    world.barrier()
+
+
+def stall(world: World) -> None:
+    time.sleep(3600)
+
+
+def refused(world: World, directory: str) -> str:
+    """The message with which loading is refused."""
+    engine = make_engine(world)
+    try:
+        engine.load(Path(directory))
+    except UserError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+def unwritable(world: World, directory: str) -> str:
+    """The message with which saving is refused."""
+    engine = make_engine(world)
+    train_steps(engine, world, 0, 1)
+    try:
+        engine.save(Path(directory), {})
+    except UserError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")

@@ -1,0 +1,49 @@
+"""The pool itself, and the world's collectives."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.distributed.conftest import Pools
+from tests.distributed.pool import CaseFailed
+from trainer.world import COLLECTIVE_TIMEOUT
+
+
+def test_world_methods(pools: Pools) -> None:
+    for rank, found in enumerate(pools[2].run("world_methods")):
+        assert found == {
+            "rank": rank,
+            "size": 2,
+            "main": rank == 0,
+            "device": "cpu",
+            "broadcast": 2**60,
+            "any": [False, True],
+            "gathered": [[0.0, 10.0], [1.0, 11.0]],
+            "interface": "lo",
+            "threads": 1,
+            "shared_memory": [],
+        }
+
+
+def test_a_world_of_one(pools: Pools) -> None:
+    found = pools[1].run("world_methods")[0]
+    assert (found["size"], found["broadcast"], found["any"], found["gathered"]) == (1, 2**60, [False, False], [[0, 10]])
+
+
+def test_collectives_have_our_timeout(pools: Pools) -> None:
+    assert pools[2].run("group_timeouts") == [[COLLECTIVE_TIMEOUT.total_seconds()] * 2] * 2
+
+
+def test_a_failed_case_reports_and_does_not_poison_the_next(pools: Pools) -> None:
+    with pytest.raises(CaseFailed, match=r"rank 1:(.|\n)*ValueError: as asked"):
+        pools[2].run("fail", rank=1)
+    assert [found["rank"] for found in pools[2].run("world_methods")] == [0, 1]
+
+
+def test_a_case_that_hangs_is_ended(pools: Pools) -> None:
+    begin = time.monotonic()
+    with pytest.raises(CaseFailed, match=r"within 0\.5 s"):
+        pools[1].run("stall", limit=0.5)
+    assert time.monotonic() - begin < 30
