@@ -12,7 +12,7 @@ def main(arguments: list[str]) -> int:
     """Parse the command line, check the configuration, train."""
     parser = config_parser("Train a diffusion model on a sequence of tasks.")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     from trainer.settings import load_config
 

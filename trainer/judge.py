@@ -57,6 +57,12 @@ class Judge:
             self._tell(task, row)
         self.world.barrier()
 
+    def measure(self, task: int) -> dict[str, Any]:
+        """Measures of the model learnt up to `task`, kept nowhere; on the main rank of a world of one."""
+        assert self._evaluator is not None and self.world.size == 1, "one process alone"
+        images, asked = self._sample(task)
+        return self._evaluator.evaluate(images, asked, task) | {"task": task}
+
     def finish(self, cost: dict[str, float]) -> dict[str, Any]:
         """Judge again what another evaluator judged, then write metrics.json and the pictures over all tasks.
 

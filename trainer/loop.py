@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -181,6 +182,11 @@ class Trainer:
         if replay is not None and self.world.is_main:
             metrics |= replay_metrics(replay.stats())
         self.tracker.log(metrics)
+        if not math.isfinite(metrics["loss"]):
+            raise UserError(
+                f"{self.run.root}: the loss of task {task} is no finite number after {self.seen} images; the last "
+                "checkpoint is whole; lower optimizer.lr, or raise optimizer.warmup_images"
+            )
 
     def cost(self) -> dict[str, float]:
         """What the run has spent, over all its attempts."""

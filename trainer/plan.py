@@ -7,17 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from trainer.config import Config, Placement, Precision
 from trainer.engine import check_engine
 from trainer.errors import ConfigError
-from trainer.models.denoiser import build_denoiser
 from trainer.replay.request import estimate, plan_request
 from trainer.settings import check_world
-from trainer.steps import steps_per_task
+from trainer.steps import count_parameters, steps_per_task
 
 WIDTH = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2}  # bytes of one weight
 FP32 = 4
@@ -181,16 +179,6 @@ def plan_tasks(config: Config) -> list[TaskPlan]:
         )
         learnt += classes
     return plans
-
-
-def count_parameters(config: Config) -> int:
-    """Weights of the denoiser, from its shapes alone: nothing is allocated. Raises ConfigError."""
-    data = config.data
-    with torch.device("meta"):
-        model = build_denoiser(
-            config.model, image_size=data.image_size, channels=data.channels, max_classes=config.max_classes
-        )
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def state_bytes(parameters: int, config: Config, trainers: int) -> dict[str, int]:

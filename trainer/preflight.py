@@ -24,7 +24,7 @@ from trainer.models.teacher import read_card as read_teacher_card
 from trainer.replay.request import estimate, plan_request
 from trainer.run import RunDir
 from trainer.settings import as_plain, refused_changes, restore_config
-from trainer.steps import fresh_model, steps_per_task
+from trainer.steps import count_parameters, steps_per_task
 
 
 def build_spec(config: Config) -> BuildSpec:
@@ -140,14 +140,14 @@ def check_teachers(config: Config, run: RunDir) -> None:
 def disk_need(config: Config) -> int:
     """Bytes that a run may hold at once: replay pool, checkpoints, teachers and pipelines."""
     tasks, steps = config.data.tasks, steps_per_task(config)
-    parameters = sum(parameter.numel() for parameter in fresh_model(config).parameters())
+    parameters = count_parameters(config)
     copies = 3 + (config.ema.decay > 0)  # weights, two moments, EMA
     kept = config.checkpoint.keep + 1 + len(tasks)
     need = 4 * parameters * (copies * kept + 2 * len(tasks))
     if config.needs_teacher and config.replay.placement is not Placement.inline and len(tasks) > 1:
         classes = [label for learnt in tasks[:-1] for label in learnt]
-        pool = estimate(plan_request(config, len(tasks), classes, steps))["bytes"]
-        need += min(pool, int(config.replay.pool_gb * 1e9))  # one at a time: a learnt task's pool is discarded
+        # One pool at a time: a learnt task's is discarded.
+        need += estimate(plan_request(config, len(tasks), classes, steps))["disk_bytes"]
     return need
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -101,10 +101,12 @@ def restore_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def config_from_run(path: Path) -> Config:
-    """The configuration of an existing run, from its `config.yaml`."""
+def config_from_run(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of an existing run, from its `config.yaml`, with a dotlist over it. Raises ConfigError."""
     merged = _merge(OmegaConf.structured(Config), OmegaConf.create(restore_config(path)), str(path))
-    return cast(Config, OmegaConf.to_object(merged))
+    config = cast(Config, OmegaConf.to_object(_merge(merged, _read_dotlist(list(overrides)), COMMAND_LINE)))
+    check(config)
+    return config
 
 
 def as_plain(config: Config) -> dict[str, Any]:

@@ -47,6 +47,18 @@ def fresh_model(config: Config) -> Denoiser:
     return model
 
 
+def count_parameters(config: Config) -> int:
+    """Weights of the denoiser, from its shapes alone: nothing is allocated. Raises ConfigError."""
+    with torch.device("meta"):
+        model = build_denoiser(
+            config.model,
+            image_size=config.data.image_size,
+            channels=config.data.channels,
+            max_classes=config.max_classes,
+        )
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def micro_batches(
     current: Examples, rehearsed: Examples | None, count: int
 ) -> Iterator[tuple[Examples, Examples | None]]:

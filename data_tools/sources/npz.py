@@ -42,9 +42,10 @@ def open_npz(path: str) -> ArraySource:
 
 def _read(file: Path) -> dict[str, NDArray[np.generic]]:
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UserError(f"{file}: a single array, not an .npz file; {SOURCE_KEY}")
+        loaded = np.load(file, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise UserError(f"{file}: a single array, not an .npz file; {SOURCE_KEY}")
+        with loaded as archive:
             wanted = (SPLIT_KEYS | SINGLE_KEYS | {"classes"}) & set(archive.files)
             return {key: archive[key] for key in wanted}
     except UserError:

@@ -1,0 +1,29 @@
+"""Train several methods and seeds and set them side by side.
+
+python launch/compare.py --config digits.yaml --methods finetune,generative_replay,generative_distillation --seeds 0,1,2
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from trainer.cli import run_main
+from trainer.compare import parse_comparison, run_all
+from trainer.compare_report import remarks, rich_table, write_report
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 1 if a run failed."""
+    console = Console()
+    comparison = parse_comparison(argv)
+    runs = run_all(comparison, console)
+    console.print(rich_table(comparison, runs))
+    for path in write_report(comparison, runs):
+        console.print(str(path), highlight=False, soft_wrap=True)
+    for remark in remarks(runs):
+        console.print(remark, highlight=False, markup=False, soft_wrap=True)
+    return 1 if any(run.result is None for run in runs) else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

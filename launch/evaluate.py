@@ -1,0 +1,31 @@
+"""Measure the model of a finished task again, by other settings.
+
+python launch/evaluate.py --run runs/first [--task 2] [evaluation.samples=10000 ...]
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from trainer.cli import Parser, positive, run_main
+
+
+def main(argv: list[str]) -> int:
+    """Print the measures as JSON."""
+    parser = Parser(description="Measure the model of a finished task again.", allow_abbrev=False)
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run directory")
+    parser.add_argument("--task", type=positive, default=0, help="the model after this task; default: the newest")
+    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1; default: a GPU where there is one")
+    parser.add_argument("overrides", nargs="*", metavar="evaluation.key=value", help="over the run's own settings")
+    options = parser.parse_intermixed_args(argv)
+
+    from trainer.reevaluation import reevaluate  # torch and diffusers: seconds
+    from trainer.sampling import choose_device
+
+    print(json.dumps(reevaluate(options.run, options.task, options.overrides, choose_device(options.device)), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

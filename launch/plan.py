@@ -1,0 +1,37 @@
+"""Print what a configuration will start, without starting it.
+
+python launch/plan.py --config imagenet100.yaml --num_gpus 8 replay.devices_per_node=2
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from rich.console import Console
+
+from trainer.cli import config_parser, positive, run_main
+from trainer.plan import as_json, make_plan, rich_plan
+from trainer.settings import load_config
+
+
+def main(argv: list[str]) -> int:
+    parser = config_parser("Print what a configuration will start: processes, memory, teacher evaluations, disk.")
+    parser.add_argument(
+        "--num_gpus", type=positive, help="ranks on this node, as for deepspeed; default: its GPUs, or 1"
+    )
+    parser.add_argument("--cuda", action="store_true", help="plan for a machine with these GPUs, not for this one")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    options = parser.parse_intermixed_args(argv)
+    launched = options.num_gpus or max(1, torch.cuda.device_count())
+    gpus = launched if options.cuda else torch.cuda.device_count()
+    plan = make_plan(load_config(options.config, options.overrides), launched, gpus)
+    if options.json:
+        print(json.dumps(as_json(plan), indent=1))
+    else:
+        Console().print(rich_plan(plan))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
