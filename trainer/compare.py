@@ -28,6 +28,7 @@ from trainer.config import MethodName
 from trainer.errors import UserError
 from trainer.run import RunDir
 from trainer.settings import as_plain, find_config, load_config, refused_changes, restore_config
+from trainer.tracking.table import number_text
 
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner")  # the `deepspeed` script, wherever it is installed
@@ -258,7 +259,9 @@ def run_all(comparison: Comparison, console: Console, launcher: Sequence[str] = 
             while waiting or active:
                 while waiting and len(active) < (comparison.jobs if _prepared(runs) else 1):
                     active.append(_start(waiting.pop(0), comparison, launcher, {child.port for child in active}))
-                    console.print(f"{active[-1].run.name}: started, log {active[-1].run.log}", highlight=False)
+                    console.print(
+                        f"{active[-1].run.name}: started, log {active[-1].run.log}", highlight=False, soft_wrap=True
+                    )
                 time.sleep(POLL)
                 for child in [child for child in active if child.process.poll() is not None]:
                     active.remove(child)
@@ -306,7 +309,7 @@ def _finish(child: _Child, console: Console) -> None:
         console.print(f"{run.name}: [red]failed[/red] after {seconds:.0f} s, log {run.log}", highlight=False)
         console.print(f"    {run.error}", highlight=False, markup=False)
     else:
-        console.print(f"{run.name}: FD {run.result['final']['fd']} in {seconds:.0f} s", highlight=False)
+        console.print(f"{run.name}: FD {number_text(run.result['final']['fd'])} in {seconds:.0f} s", highlight=False)
 
 
 def _last_words(log: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from trainer.cli import USER_ERROR
 from trainer.config import Config, Placement
 from trainer.data.shards import read_card
 from trainer.engine import check_engine
@@ -93,8 +94,9 @@ def work(config: Config, run: RunDir, world: World) -> int:
             print(f"{run.root}: {stopped}", flush=True)
         return 0
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
+        rank = "" if world.is_main else f" (rank {world.rank})"
+        print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return USER_ERROR
 
 
 def teach(config: Config, run: RunDir, role: Role, cuda: bool) -> int:

@@ -36,11 +36,14 @@ class Workplace:
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def start(self, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        """`launcher` empty: one process without a launcher."""
+        """Train; `launcher` empty: one process without a launcher."""
         command = [*(launcher or (sys.executable,)), str(ROOT / "launch" / "train.py"), "--config", "tiny.yaml"]
+        return self.spawn([*command, *arguments])
+
+    def spawn(self, command: list[str]) -> subprocess.Popen[str]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
         process = subprocess.Popen(
-            [*command, *arguments],
+            command,
             cwd=self.path,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -56,6 +59,12 @@ class Workplace:
         """Exit code and all that was printed."""
         process = self.start(*arguments, launcher=launcher)
         output, _ = process.communicate(timeout=timeout)
+        return process.returncode, output
+
+    def tool(self, script: str, *arguments: str) -> tuple[int, str]:
+        """Run another entry point; exit code and all that was printed."""
+        process = self.spawn([sys.executable, str(ROOT / "launch" / script), *arguments])
+        output, _ = process.communicate(timeout=120)
         return process.returncode, output
 
     def metrics(self, name: str) -> dict[str, Any]:

@@ -222,3 +222,36 @@ def test_method_with_no_teacher_in_sight_ends(workplace: Workplace, whole: str) 
     assert code == 2, output
     assert "Traceback" not in output
     assert "replay.timeout" in output
+
+
+def test_impossible_batch_ends_on_every_rank(workplace: Workplace, deepspeed: Launcher) -> None:
+    code, output = workplace.run("run.name=none3", "train.global_batch=15", launcher=deepspeed(2), timeout=90)
+    assert code == 2, output
+    assert output.count("error: train.global_batch=15: does not divide over 2 trainer ranks") == 1
+    assert "Traceback" not in output
+
+
+def test_diverged_loss_ends_the_run(workplace: Workplace, whole: str) -> None:
+    code, output = workplace.run("run.name=diverged", TASKS, "optimizer.lr=1e30", "optimizer.clip_norm=0")
+    assert code == 2, output
+    assert "the loss of task 1 is no finite number" in output
+    assert "optimizer.lr" in output
+    assert "Traceback" not in output
+
+
+def test_finished_task_is_measured_again(workplace: Workplace, whole: str) -> None:
+    code, output = workplace.tool("evaluate.py", "--run", "runs/whole", "--task", "1")
+    assert code == 0, output
+    measured = json.loads(output)
+    assert measured["fd"] == workplace.metrics("whole")["after_task"][0]["fd"]
+    code, output = workplace.tool("evaluate.py", "--run", "runs/whole", "train.global_batch=3")
+    assert code == 2
+    assert "train.global_batch=3: only evaluation.*" in output
+
+
+def test_images_of_a_trained_run(workplace: Workplace, whole: str) -> None:
+    code, output = workplace.tool("sample.py", "--run", "runs/whole", "--count", "6", "--steps", "2", "--out", "images")
+    assert code == 0, output
+    names = sorted(path.name for path in (workplace.path / "images").iterdir())
+    assert len([name for name in names if "class" in name]) == 6
+    assert "grid.png" in names
