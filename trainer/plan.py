@@ -13,6 +13,7 @@ from rich.table import Table
 from trainer.config import Config, Placement, Precision
 from trainer.engine import check_engine
 from trainer.errors import ConfigError
+from trainer.replay.devices import choose_devices
 from trainer.replay.request import estimate, plan_request
 from trainer.settings import check_world
 from trainer.steps import count_parameters, steps_per_task
@@ -147,8 +148,7 @@ def plan_processes(config: Config, launched: int, gpus: int) -> list[ProcessPlan
     if not config.needs_teacher or len(config.data.tasks) < 2:
         return processes
     if replay.placement is Placement.subprocess:
-        chosen = [f"cuda:{(trainers + worker) % gpus}" if gpus else "cpu" for worker in range(replay.workers)]
-        devices = [replay.device] * replay.workers if replay.device else chosen
+        devices = choose_devices(replay.device, replay.workers, trainers, gpus)
         processes.append(ProcessPlan("teacher", replay.workers, devices, "the first trainer"))
     elif replay.placement is Placement.external:
         processes.append(ProcessPlan("teacher", replay.workers, ["as they are told"], "you: launch/teacher.py"))

@@ -15,6 +15,7 @@ from types import FrameType
 
 from trainer.lifeline import tie_to_launcher
 from trainer.replay.child import PARENT_VARIABLE
+from trainer.replay.devices import child_device
 from trainer.replay.state import State, process_started, read_json, read_state, write_json
 from trainer.run import RunDir
 
@@ -59,10 +60,16 @@ class Supervisor:
         restarts: int = 3,
         attempt: int = 1,
         backoff: float = BACKOFF_SECONDS,
+        inherit_devices: bool = False,
     ) -> None:
-        """`attempt` names the directory of the log; `backoff` is the first pause before a restart, in seconds."""
+        """`attempt` names the directory of the log; `backoff` is the first pause before a restart, in seconds.
+
+        `device` is cpu or the node's GPU N as cuda:N, which becomes all that the child sees; with `inherit_devices` the
+        child sees what this process does, and `device` is meant so.
+        """
         self.run, self.worker, self.workers, self.device = run, worker, workers, device
         self.threads, self.restarts, self.backoff = threads, restarts, backoff
+        self._child_device, self._shown = (device, {}) if inherit_devices else child_device(device, os.environ)
         self.log = run.teacher_log(attempt, worker)
         self.restarted = 0
         self.given_up = ""
@@ -111,7 +118,7 @@ class Supervisor:
         with self.log.open("ab") as log:
             child = subprocess.Popen(
                 self._command(),
-                env=child_environment(os.environ, self.threads),
+                env=child_environment(os.environ, self.threads) | self._shown,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -123,7 +130,7 @@ class Supervisor:
 
     def _command(self) -> list[str]:
         return [
-            *(sys.executable, "-m", "trainer.replay", "--run", str(self.run.root), "--device", self.device),
+            *(sys.executable, "-m", "trainer.replay", "--run", str(self.run.root), "--device", self._child_device),
             *("--worker", str(self.worker), "--workers", str(self.workers), "--threads", str(self.threads)),
         ]
 
@@ -160,6 +167,7 @@ class Supervisor:
             "host": socket.gethostname(),
             "time": time.time(),
             "child": self.child.pid if self.child is not None else 0,
+            "device": self.device,
             "restarts": self.restarted,
             "given_up": self.given_up,
         }
@@ -193,6 +201,7 @@ def supervise_until_finished(
         threads=threads,
         restarts=restarts,
         attempt=newest_attempt(run),
+        inherit_devices=True,  # the launcher has shown this rank its own
     )
     supervisor.start()
     while not launch.over():
