@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from trainer.diffusion.schedules import make_schedule
 from trainer.errors import UserError
 from trainer.kernels.philox import normal
 from trainer.models.teacher import load_teacher
+from trainer.replay import pool_source
 from trainer.replay.draws import draws
 from trainer.replay.pool import shard_name
 from trainer.replay.source import InlineSource, PoolSource, open_source
@@ -318,3 +322,68 @@ def test_a_request_for_fewer_steps_reads_no_further(workplace: Any, opened: Any)
     short = opened(workplace)
     assert [len(short.points(step)) for step in range(2)] == [8, 8]
     assert not short._pending
+
+
+class FullDisk:
+    """A `write_json` that has no room for the trainer's progress while `code` is set."""
+
+    def __init__(self, code: int) -> None:
+        self.code, self.refused = code, 0
+
+    def __call__(self, path: Path, content: dict[str, Any]) -> None:
+        if self.code:
+            self.refused += 1
+            raise OSError(self.code, os.strerror(self.code), str(path))
+        write_json(path, content)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_progress_that_found_no_room_is_published_later(
+    workplace: Any, opened: Any, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    workplace.fill()
+    disk = FullDisk(code)
+    monkeypatch.setattr(pool_source, "write_json", disk)
+    alone = opened(workplace)
+    alone.points(0)
+    alone.release(10)
+    assert disk.refused == 3 and not workplace.run.replay_progress(2).exists()
+    disk.code = 0
+    alone.points(10)
+    assert read_json(workplace.run.replay_progress(2))["released"] == workplace.request.shard_of(80) - 1
+
+
+def test_a_full_disk_that_has_room_again_does_not_leave_trainer_and_sampler_waiting_for_each_other(
+    workplace: Any, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workplace.config.replay.pool_gb = 6.5 * workplace.request.shard_bytes / 1e9
+    workplace.ask()
+    assert workplace.fill() == 6  # all that the pool holds: 13 steps of 8 points, and a half
+    disk = FullDisk(0)
+    monkeypatch.setattr(pool_source, "write_json", disk)
+    monkeypatch.setattr(pool_source, "RETRY_SECONDS", 0.05)
+    alone = opened(workplace)
+    for step in range(12):
+        alone.points(step)
+    disk.code = errno.ENOSPC
+    alone.release(12)
+
+    def make_room() -> None:
+        while disk.refused < 5:
+            time.sleep(0.01)
+        disk.code = 0
+        while not workplace.fill(1):
+            time.sleep(0.01)
+
+    sampler = threading.Thread(target=make_room, daemon=True)
+    sampler.start()
+    for step in (12, 13):
+        assert alone.points(step) is not None
+    sampler.join()
+
+
+def test_other_errors_of_the_disk_are_raised(workplace: Any, opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = opened(workplace)
+    monkeypatch.setattr(pool_source, "write_json", FullDisk(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        alone.release(10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from PIL import Image
 from trainer.config import Config, Wandb
 from trainer.errors import UserError
 from trainer.run import RunDir
+from trainer.stop import Stopped
 from trainer.tracking.log import read_log
-from trainer.tracking.tracker import Tracker, open_tracker, open_wandb
+from trainer.tracking.tracker import Tracker, WandbRun, open_tracker, open_wandb
 
 
 def config(wandb: Wandb = Wandb.off, progress: bool = False) -> Config:
@@ -92,3 +94,29 @@ def test_online_wandb_without_login_ends_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tracking\.wandb=online: .*tracking\.wandb=offline") as caught:
         open_wandb(RunDir(tmp_path / "run"), config(Wandb.online))
     assert "\n" not in str(caught.value)
+
+
+class Finished:
+    """A run of wandb that remembers how it was ended."""
+
+    exit_code: int | None = None
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        """Nothing is logged here."""
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(None, 0), (Stopped(2, 640), 0), (UserError("starved"), 1), (KeyboardInterrupt(), 1)]
+)
+def test_a_run_that_was_asked_to_stop_has_not_failed(
+    monkeypatch: pytest.MonkeyPatch, raised: BaseException | None, code: int
+) -> None:
+    monkeypatch.setattr("wandb.teardown", lambda exit_code: None)
+    run = Finished()
+    with suppress(UserError, Stopped, KeyboardInterrupt), Tracker(wandb=WandbRun(run, 1)):  # pyright: ignore[reportArgumentType]
+        if raised is not None:
+            raise raised
+    assert run.exit_code == code

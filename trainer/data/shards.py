@@ -7,6 +7,7 @@ The image of a sample is one member: `png`, `jpg`, `webp`, or `npy` (raw uint8, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -26,6 +27,7 @@ DATASET_NAME = "dataset.json"
 SCHEMA_VERSION = 1
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 LABEL_EXTENSION = "cls"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # errors that pass once there is room again
 
 
 @dataclass(frozen=True)

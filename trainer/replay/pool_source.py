@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import torch
 
 from trainer.config import OnStarved
 from trainer.data.batch import Examples
+from trainer.data.shards import FULL_DISK
 from trainer.diffusion.schedules import NoiseSchedule
 from trainer.errors import UserError
 from trainer.replay.points import StoredPoints, to_examples
@@ -23,6 +24,7 @@ from trainer.replay.state import write_json
 from trainer.run import RunDir
 
 Journal = Callable[[dict[str, Any]], None]
+RETRY_SECONDS = 1.0  # between two tries to publish the progress on a full disk, while waiting for a shard
 COUNTERS = ("points_used", "starved_seconds", "starved_steps", "reused_steps", "real_only_steps")
 
 
@@ -75,6 +77,7 @@ class PoolSource:
         self.counters = {name: (restored or {}).get(name, 0) for name in COUNTERS}
         self.step = start_step
         self.released = 0
+        self._unpublished = False  # the progress: the disk was full
         self._agreed = (0, 0)  # shards [a, b) that rank 0 has found intact
         self._kept = (0, 0)  # shards that `reuse` draws on
         self._started = False
@@ -91,6 +94,8 @@ class PoolSource:
             UserError: starved, and the policy or the end of all hope says that the run ends.
         """
         self.step = step
+        if self._unpublished:
+            self._publish_progress(self.released)
         if self.on_starved is not OnStarved.wait and not self._covered(step):
             self._agree(step)
             if not self._covered(step):
@@ -145,6 +150,8 @@ class PoolSource:
         if future.done():
             return future.result().points
         with self._held_up() as began:
+            while self._unpublished and not wait([future], RETRY_SECONDS).done:  # the samplers may wait for its room
+                self._publish_progress(self.released)
             loaded = future.result()
         if loaded.missed:
             self._count_starved(began)
@@ -239,7 +246,14 @@ class PoolSource:
         return max(0, self.request.shard_of(step * self.batch) - 1)
 
     def _publish_progress(self, released: int) -> None:
+        """Tell the samplers; on a full disk at the next opportunity."""
         self.released = released
         if self.world.rank == 0:
             kept = list(self._kept) if self.on_starved is OnStarved.reuse else [0, 0]
-            write_json(self.run.replay_progress(self.request.task), {"released": released, "kept": kept})
+            try:
+                write_json(self.run.replay_progress(self.request.task), {"released": released, "kept": kept})
+                self._unpublished = False
+            except OSError as error:  # the samplers go by what they were told before
+                if error.errno not in FULL_DISK:
+                    raise
+                self._unpublished = True

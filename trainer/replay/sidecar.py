@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import signal
@@ -19,6 +18,7 @@ from types import FrameType
 import numpy as np
 import torch
 
+from trainer.data.shards import FULL_DISK
 from trainer.diffusion.schedules import NoiseSchedule
 from trainer.errors import UserError
 from trainer.models.denoiser import Denoiser
@@ -34,7 +34,6 @@ POLL_SECONDS = 0.2
 BEAT_SECONDS = 5.0  # between two heartbeats while there is nothing to do
 LOCK_SECONDS = 5.0  # for a sampler that is just ending to let go of its lock
 FINISHED_SECONDS = 300.0  # a run that was finished before may be about to learn another task
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)

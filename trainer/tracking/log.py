@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from trainer.data.shards import FULL_DISK
 
 
 class MetricsLog:
@@ -21,14 +24,49 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut_partial_line(path)
+        self._path, self._warned = path, False
+        self._torn: int | None = None  # where a line begins that did not fit and could not be taken back
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def append(self, event: str, values: Mapping[str, Any]) -> None:
-        """Write one line: {"time" (Unix seconds), "event", **values}; NaN and infinity are written as null."""
+        """Write one line: {"time" (Unix seconds), "event", **values}; NaN and infinity are written as null.
+
+        On a full disk the line is dropped, all of it, and a warning printed the first time.
+        """
         content = {"time": round(time.time(), 3), "event": event} | {key: _finite(v) for key, v in values.items()}
         line = (json.dumps(content, allow_nan=False) + "\n").encode()
-        while line:
-            line = line[os.write(self._descriptor, line) :]
+        try:
+            self._write(line)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            self._warn(f"{self._path}: {error.strerror}: lines are lost until there is room")
+
+    def _write(self, line: bytes) -> None:
+        """All of a line, or nothing of it. Raises OSError."""
+        self._cut_torn_line()
+        start = os.fstat(self._descriptor).st_size
+        try:
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+        except OSError:
+            self._torn = start
+            self._cut_torn_line()
+            raise
+
+    def _cut_torn_line(self) -> None:
+        if self._torn is not None:
+            os.ftruncate(self._descriptor, self._torn)
+            self._torn = None
+
+    def _warn(self, text: str) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        try:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+        except OSError:
+            return  # what is printed goes to the same disk
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -16,6 +16,7 @@ from trainer.config import Config, Wandb
 from trainer.data.shards import write_atomic
 from trainer.errors import UserError
 from trainer.run import RunDir
+from trainer.stop import Stopped
 from trainer.tracking.log import MetricsLog
 from trainer.tracking.progress import TrainingProgress
 
@@ -26,7 +27,8 @@ INIT_TIMEOUT = 60.0  # seconds that wandb may take to answer at the start
 
 
 class Tracker:
-    """Everything a person sees while a run goes on. A context manager; `finish` may be called twice.
+    """Everything a person sees while a run goes on. A context manager, which `Stopped` leaves without a failure;
+    `finish` may be called twice.
 
     Made by `open_tracker` on the main rank; `Tracker()` is silent, for the other ranks.
     """
@@ -96,7 +98,7 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.finish(failed=kind is not None)
+        self.finish(failed=kind is not None and not issubclass(kind, Stopped))
 
 
 class WandbRun:
