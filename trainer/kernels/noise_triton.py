@@ -118,66 +118,11 @@ def _noise_kernel(
     n0, n1, n2, n3 = _normal4(tl.load(seeds + row), counter)
     source, x_row, target_row = images + row * count, x_out + row * count, target_out + row * count
     e0, e1, e2, e3 = counter, counter + quarter, counter + 2 * quarter, counter + 3 * quarter
-    _noise_lane(
-        source,
-        x_row,
-        target_row,
-        e0,
-        inside & (e0 < count),
-        n0,
-        signal,
-        sigma,
-        mirrored,
-        width,
-        IS_UINT8,
-        FLIP,
-        PREDICT_V,
-    )
-    _noise_lane(
-        source,
-        x_row,
-        target_row,
-        e1,
-        inside & (e1 < count),
-        n1,
-        signal,
-        sigma,
-        mirrored,
-        width,
-        IS_UINT8,
-        FLIP,
-        PREDICT_V,
-    )
-    _noise_lane(
-        source,
-        x_row,
-        target_row,
-        e2,
-        inside & (e2 < count),
-        n2,
-        signal,
-        sigma,
-        mirrored,
-        width,
-        IS_UINT8,
-        FLIP,
-        PREDICT_V,
-    )
-    _noise_lane(
-        source,
-        x_row,
-        target_row,
-        e3,
-        inside & (e3 < count),
-        n3,
-        signal,
-        sigma,
-        mirrored,
-        width,
-        IS_UINT8,
-        FLIP,
-        PREDICT_V,
-    )
+    m0, m1, m2, m3 = inside & (e0 < count), inside & (e1 < count), inside & (e2 < count), inside & (e3 < count)
+    _noise_lane(source, x_row, target_row, e0, m0, n0, signal, sigma, mirrored, width, IS_UINT8, FLIP, PREDICT_V)
+    _noise_lane(source, x_row, target_row, e1, m1, n1, signal, sigma, mirrored, width, IS_UINT8, FLIP, PREDICT_V)
+    _noise_lane(source, x_row, target_row, e2, m2, n2, signal, sigma, mirrored, width, IS_UINT8, FLIP, PREDICT_V)
+    _noise_lane(source, x_row, target_row, e3, m3, n3, signal, sigma, mirrored, width, IS_UINT8, FLIP, PREDICT_V)
 
 
 def uniform(seeds: Tensor, count: int) -> Tensor:
