@@ -193,16 +193,16 @@ class ReplayConfig:
     steps: int = 10  # DDIM steps N of a trajectory
     eta: float = 0.0
     clip_sample: bool = True  # clip the predicted x_0 to [-1, 1] while sampling
-    points_per_trajectory: int = 10
+    points_per_trajectory: int = 10  # inline makes one: each of its points has a trajectory of its own
     reuse: int = 1  # times each stored point may be used
     batch: int = 0  # replay points per step over all ranks; 0: train.global_batch
     shard_trajectories: int = 128  # trajectories per replay shard
     sampler_batch: int = 128  # trajectories sampled at once by a teacher
     precision: Precision = Precision.fp32  # of the teacher's forward passes
-    workers: int = 1  # subprocess, external: teachers sharing the work
-    device: str = ""  # subprocess: device of the teachers (cpu, cuda:1); empty: chosen
+    workers: int = 1  # subprocess: teachers sharing the work
+    device: str = ""  # subprocess: cpu, or cuda:N for the N-th GPU of the node; empty: chosen
     devices_per_node: int = 1  # ranks: local ranks that become teachers
-    threads: int = 1  # CPU threads of each teacher
+    threads: int = 1  # CPU threads of each teacher; like train.threads, another number rounds differently
     on_starved: OnStarved = OnStarved.wait
     timeout: float = 600.0  # seconds without a new shard after which waiting ends the run
     pool_gb: float = 10.0  # bytes of published shards a pool may hold, in GB
@@ -258,8 +258,12 @@ class Config:
 
     @property
     def max_classes(self) -> int:
-        """Rows of the label embedding."""
-        return self.model.max_classes or self.data.classes
+        """Rows of the label embedding; 0 for an unconditional model, which has none."""
+        return (self.model.max_classes or self.data.classes) if self.model.conditional else 0
+
+    def classes_until(self, task: int) -> list[int]:
+        """Class ids of tasks 1 to `task`, in the order of learning."""
+        return [label for learnt in self.data.tasks[:task] for label in learnt]
 
     @property
     def needs_teacher(self) -> bool:

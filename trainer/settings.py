@@ -6,6 +6,7 @@ Every refusal is one line that names the file or the command line, the key and w
 from __future__ import annotations
 
 import difflib
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config import Config, DataConfig, MethodName, Placement, Points, Precision
+from trainer.config import Config, DataConfig, MethodName, Placement, Points, Precision, Schedule
 from trainer.data.tasks import split_classes
 from trainer.errors import ConfigError
 
@@ -80,12 +81,12 @@ def load_config(name: str, overrides: list[str]) -> Config:
     merged = OmegaConf.structured(Config)
     merged = _merge(merged, _read_yaml(path), str(path))
     merged = _merge(merged, _read_dotlist(overrides), COMMAND_LINE)
-    config = cast(Config, OmegaConf.to_object(merged))
+    config = _to_config(merged)
     if not config.run.name:
         config.run.name = f"{path.stem}-{config.method.name.value}"
-    if not config.model.max_classes:
-        config.model.max_classes = config.data.classes
+    config.model.max_classes = config.max_classes
     check(config)
+    _check_idle(config, overrides)
     config.data.tasks = task_classes(config.data)
     return config
 
@@ -104,7 +105,7 @@ def restore_config(path: Path) -> dict[str, Any]:
 def config_from_run(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of an existing run, from its `config.yaml`, with a dotlist over it. Raises ConfigError."""
     merged = _merge(OmegaConf.structured(Config), OmegaConf.create(restore_config(path)), str(path))
-    config = cast(Config, OmegaConf.to_object(_merge(merged, _read_dotlist(list(overrides)), COMMAND_LINE)))
+    config = _to_config(_merge(merged, _read_dotlist(list(overrides)), COMMAND_LINE))
     check(config)
     return config
 
@@ -127,8 +128,8 @@ def refused_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not key.startswith(FREE_KEYS)
     ]
-    tasks = old["data"]["tasks"]
-    if new["data"]["tasks"][: len(tasks)] != tasks:
+    tasks = before.get("data.tasks", [])
+    if after["data.tasks"][: len(tasks)] != tasks:
         changed.append(f"data.tasks (the run's {tasks} must come first)")
     return changed
 
@@ -167,6 +168,8 @@ def check_world(config: Config, trainers: int, cuda: bool) -> None:
         raise ConfigError("train.compile=true: needs a C++ compiler (g++) on a machine without CUDA")
     if config.replay.device.startswith("cuda") and not cuda:
         raise ConfigError(f"replay.device={config.replay.device}: this machine has no CUDA device")
+    if config.needs_teacher and config.replay.precision is Precision.fp16 and not cuda:
+        raise ConfigError("replay.precision=fp16: this machine's CPU does not sample in fp16; take fp32 or bf16")
 
 
 def _check_numbers(config: Config) -> None:
@@ -185,6 +188,8 @@ def _check_numbers(config: Config) -> None:
         "model.max_classes method.buffer_per_class"
     )
     values = dict(_flat(asdict(config)))
+    for key, value in values.items():
+        _require(not isinstance(value, float) or math.isfinite(value), key, value, "is no finite number")
     for key in positive.split():
         _require(values[key] > 0, key, values[key], "must be above 0")
     for key in natural.split():
@@ -215,6 +220,8 @@ def _check_data(config: Config) -> None:
 
 def _check_replay(config: Config) -> None:
     replay = config.replay
+    if config.method.name is MethodName.experience_replay:
+        _require(config.method.buffer_per_class > 0, "method.buffer_per_class", 0, "leaves nothing to rehearse")
     if not config.needs_teacher:
         return
     if replay.points is Points.trajectory:
@@ -252,6 +259,29 @@ def _check_train(config: Config) -> None:
         config.train.images_per_task,
         f"less than one step of train.global_batch={config.train.global_batch}",
     )
+
+
+def _check_idle(config: Config, overrides: list[str]) -> None:
+    """Refuse keys set on the command line that change nothing as the rest stands (a file may serve several uses)."""
+    replay, data, model = config.replay, config.data, config.model
+    idle = {
+        Placement.inline: "replay.points_per_trajectory replay.shard_trajectories replay.pool_gb replay.workers "
+        "replay.device replay.devices_per_node replay.threads replay.on_starved replay.timeout replay.restarts",
+        Placement.external: "replay.workers replay.device replay.devices_per_node replay.threads replay.restarts",
+        Placement.ranks: "replay.workers replay.device",
+        Placement.subprocess: "replay.devices_per_node",
+    }
+    conditions = [(key, f"replay.placement={replay.placement.value}") for key in idle[replay.placement].split()]
+    if config.diffusion.schedule is Schedule.cosine:
+        conditions += [(f"diffusion.beta_{end}", "diffusion.schedule=cosine") for end in ("start", "end")]
+    if data.tasks:
+        conditions += [(f"data.{key}", "data.tasks") for key in ("classes_per_task", "class_order_seed")]
+    if not model.conditional:
+        conditions.append(("model.max_classes", "model.conditional=false"))
+    given = {override.partition("=")[0] for override in overrides}
+    for key, reason in conditions:
+        if key in given:
+            raise ConfigError(f"{COMMAND_LINE}: {key} has no effect with {reason}")
 
 
 def _require(holds: bool, key: str, value: object, why: str) -> None:
@@ -298,8 +328,15 @@ def _merge(base: Any, extra: DictConfig, where: str) -> Any:
     try:
         return OmegaConf.merge(base, extra)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or ""
+        key = getattr(error, "full_key", None) or ", ".join(key for key, _ in _flat(OmegaConf.to_container(extra)))
         raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from None
+
+
+def _to_config(merged: Any) -> Config:
+    try:
+        return cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {_one_line(error)}") from None
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
