@@ -5,16 +5,20 @@ python launch/compare.py --config digits.yaml --methods finetune,generative_repl
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 
 from trainer.cli import run_main
 from trainer.compare import parse_comparison, run_all
 from trainer.compare_report import remarks, rich_table, write_report
 
+LOG_WIDTH = 110  # characters, where there is no terminal
+
 
 def main(argv: list[str]) -> int:
     """Exit code 1 if a run failed."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     comparison = parse_comparison(argv)
     runs = run_all(comparison, console)
     console.print(rich_table(comparison, runs))

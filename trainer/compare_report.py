@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import box
 from rich.table import Table
 
 from trainer.compare import Comparison, Run
@@ -135,13 +136,19 @@ def remarks(runs: Sequence[Run]) -> list[str]:
 
 
 def rich_table(comparison: Comparison, runs: Sequence[Run]) -> Table:
+    """Medians (or means) with their spread below them, a row per method or variant."""
     header, *lines = cells(comparison, runs)
     spread = "mean ± sd" if comparison.mean else "median (min..max)"
-    table = Table(title=f"{comparison.config}: {spread} over seeds {', '.join(map(str, comparison.seeds))}")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title=f"{comparison.config}: {spread} over seeds {', '.join(map(str, comparison.seeds))}",
+    )
     for number, title in enumerate(header):
-        table.add_column(title, justify="left" if number == 0 else "right")
+        short = title.replace("teacher evaluations / point", "teacher\nevals/point")
+        table.add_column(short, justify="left" if number == 0 else "right", no_wrap=True)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(cell.replace(" (", "\n(") for cell in line))
     return table
 
 

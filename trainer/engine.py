@@ -113,7 +113,7 @@ class Engine:
             self.grad_norm = _clip([p for p in self._partition.masters if p.grad is not None], self._clip_norm)
         self._engine.step()
         if self._stage > 0:
-            self.grad_norm = _as_tensor(self._engine.get_global_grad_norm())
+            self.grad_norm = _as_tensor(self._engine.get_global_grad_norm(), self._world.device)
         if self._ema is not None and self._engine.was_step_applied():
             self._ema.update()
 
@@ -289,8 +289,9 @@ def _clip(parameters: list[Tensor], clip_norm: float) -> Tensor:
     return norm
 
 
-def _as_tensor(norm: Tensor | float | None) -> Tensor | None:
-    return torch.tensor(float(norm)) if isinstance(norm, (int, float)) else norm if norm is None else norm.float()
+def _as_tensor(norm: Tensor | float | None, device: torch.device) -> Tensor | None:
+    """DeepSpeed gives a plain number where a step overflowed."""
+    return None if norm is None else torch.as_tensor(norm, dtype=torch.float32, device=device)
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -8,5 +8,9 @@ class UserError(ValueError):
     """
 
 
+class ToldElsewhere(UserError):
+    """This rank ends because of an error that another rank tells the person about."""
+
+
 class ConfigError(UserError):
     """A configuration that cannot be run; the message names the key."""

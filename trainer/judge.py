@@ -41,8 +41,7 @@ class Judge:
         self.config, self.run, self.world, self.tracker = config, run, world, tracker
         self.class_names = list(class_names)
         self.tasks = config.data.tasks
-        self._evaluator = self._open() if world.is_main else None
-        world.barrier()
+        self._evaluator = world.on_main(self._open)
 
     def after(self, task: int) -> None:
         """Sample from the model learnt up to `task` and measure it, unless that has been done by this evaluator."""
@@ -50,12 +49,7 @@ class Judge:
             return
         self.tracker.activity(f"evaluating after task {task}")
         images, asked = self._sample(task)
-        if self._evaluator is not None:
-            row = self._evaluator.evaluate(images, asked, task) | {"task": task}
-            self._picture(task, images, asked, self._evaluator)
-            write_json(self.run.evaluation(task), row)
-            self._tell(task, row)
-        self.world.barrier()
+        self.world.on_main(lambda: self._measure(task, images, asked))
 
     def measure(self, task: int) -> dict[str, Any]:
         """Measures of the model learnt up to `task`, kept nowhere; on the main rank of a world of one."""
@@ -71,8 +65,9 @@ class Judge:
         """
         for task in range(1, len(self.tasks) + 1):
             self.after(task)
-        if not self.world.is_main:
-            return {}
+        return self.world.on_main(lambda: self._conclude(cost)) or {}
+
+    def _conclude(self, cost: dict[str, float]) -> dict[str, Any]:
         rows = [self._row(task) for task in range(1, len(self.tasks) + 1)]
         method, seed = self.config.method.name.value, self.config.run.seed
         content = result(method, [row for row in rows if row is not None], cost, seed=seed)
@@ -101,6 +96,13 @@ class Judge:
             report=lambda epoch, epochs, loss: self.tracker.activity(f"classifier: epoch {epoch}/{epochs}"),
         )
 
+    def _measure(self, task: int, images: NDArray[np.uint8], asked: NDArray[np.int64] | None) -> None:
+        assert self._evaluator is not None, "on the main rank"
+        row = self._evaluator.evaluate(images, asked, task) | {"task": task}
+        self._picture(task, images, asked, self._evaluator)
+        write_json(self.run.evaluation(task), row)
+        self._tell(task, row)
+
     def _row(self, task: int) -> dict[str, Any] | None:
         """The measures after a task, where they were taken."""
         try:
@@ -118,7 +120,7 @@ class Judge:
         """Samples of the model learnt up to `task`, (n, C, H, W), and the classes asked for; collective."""
         config = self.config
         model, schedule, _ = load_teacher(self.run.teacher(task), self.world.device)
-        classes = [label for learnt in self.tasks[:task] for label in learnt]
+        classes = self.config.classes_until(task)
         count = balanced_count(config.evaluation.samples, len(classes))
         sampling = Sampling(
             seed=config.run.seed,
@@ -147,7 +149,7 @@ class Judge:
     def _picture(
         self, task: int, images: NDArray[np.uint8], asked: NDArray[np.int64] | None, evaluator: Evaluator
     ) -> None:
-        classes = [label for learnt in self.tasks[:task] for label in learnt]
+        classes = self.config.classes_until(task)
         per_class = self.config.evaluation.grid_per_class
         shown = images[: max(1000, 4 * per_class * len(classes))]
         predicted = evaluator.classifier.predict(shown)
@@ -162,7 +164,7 @@ class Judge:
     def _real_samples(self) -> ClassSamples:
         """Real training images, for comparison in the picture over all tasks."""
         data = TaskData.open(Path(self.config.data.root), "train", list(range(1, len(self.tasks) + 1)), Verify.size)
-        classes = [label for learnt in self.tasks for label in learnt]
+        classes = self.config.classes_until(len(self.tasks))
         per_class = self.config.evaluation.grid_per_class
         chosen = np.concatenate([np.flatnonzero(data.labels == label)[:per_class] for label in classes])
         labels = data.labels[chosen]

@@ -38,11 +38,14 @@ from trainer.stop import Stopped, StopRequest
 from trainer.tracking.tracker import Tracker
 from trainer.world import World
 
+STOP_EVERY = 5  # steps between two looks of all ranks at a signal to stop: each costs a small collective
+
 
 class Trainer:
     """Learns the tasks of a configuration one after another, from wherever the run directory says it stands."""
 
-    def __init__(self, config: Config, run: RunDir, world: World, tracker: Tracker, judge: Judge) -> None:
+    def __init__(self, config: Config, run: RunDir, world: World, tracker: Tracker, judge: Judge, began: float) -> None:
+        """`began`: when this attempt started, by time.monotonic()."""
         self.config, self.run, self.world, self.tracker, self.judge = config, run, world, tracker, judge
         self.tasks = config.data.tasks
         self.steps = steps_per_task(config)
@@ -50,11 +53,10 @@ class Trainer:
         self.method = build_method(config.method)
         self.schedule = make_schedule(config.diffusion).to(world.device)
         self.engine = Engine(fresh_model(config), config, world)
-        self.prepare = self._preparer("current")
         self.stop = StopRequest()
         self.position = Position()
         self.meter = Meter()
-        self._saved_at = time.monotonic()
+        self._saved_at = began
 
     # --- the run -------------------------------------------------------------------------------------------------
 
@@ -74,9 +76,11 @@ class Trainer:
 
     def restore(self) -> None:
         """Continue from the newest checkpoint, where there is one."""
-        path = newest_checkpoint(self.run, len(self.tasks))
-        if path is not None:
-            self.position = Position.from_extra(self.engine.load(path))
+        task, step = newest_checkpoint(self.run, len(self.tasks)) if self.world.is_main else (0, 0)
+        # The main rank's word counts: a network file system may show the others an older directory.
+        task, step = self.world.broadcast_int(task), self.world.broadcast_int(step)
+        if task:
+            self.position = Position.from_extra(self.engine.load(checkpoint_path(self.run, task, step)))
             self._check_teacher()
 
     def learn(self, task: int) -> None:
@@ -90,6 +94,8 @@ class Trainer:
         self.request_replay(task)
         with ExitStack() as stack:
             stream = stack.enter_context(self._stream(self._real_data(task), task, self.config.train.global_batch))
+            # A joint task sees the images of earlier tasks again, from epoch 0: it must not draw the same noise again.
+            self.prepare = self._preparer(f"current/{task}" if self.method.all_tasks else "current")
             replay = self._replay(task, stack)
             self.tracker.start_task(task, self.seen)
             began = time.perf_counter()
@@ -107,11 +113,9 @@ class Trainer:
         buffered = self.method.rehearsal is not Rehearsal.buffer or (self.run.buffer(task) / INDEX_NAME).exists()
         if self.world.any(self.world.is_main and not (published and buffered)):
             weights = self.engine.weights(ema=True)
-            if self.world.is_main:
-                self._publish(task, weights)
-        if self.world.is_main and self.method.rehearsal in (Rehearsal.noise, Rehearsal.teacher):
-            discard(self.run, task)
-        self.world.barrier()
+            self.world.on_main(lambda: self._publish(task, weights))
+        if self.config.needs_teacher:
+            self.world.on_main(lambda: discard(self.run, task))
 
     # --- one step ------------------------------------------------------------------------------------------------
 
@@ -134,14 +138,13 @@ class Trainer:
     def after_step(self, task: int, replay: ReplaySource | None) -> None:
         """Collect garbage, log, heed signals and save: at fixed steps, so at the same ones on all ranks."""
         step, train = self.position.step, self.config.train
-        last = step == self.steps
+        stopping = step % STOP_EVERY == 0 and self.world.any(self.stop.requested)
+        saving = stopping or step == self.steps or step % self.checkpoint_steps == 0
         if step % train.gc_every == 0:
             gc.collect()
-        stopping = False
-        if last or step % train.log_every == 0:
-            self.log(task, replay)
-            stopping = self.world.any(self.stop.requested)
-        if last or stopping or step % self.checkpoint_steps == 0:
+        if saving or step % train.log_every == 0:
+            self.log(task, replay)  # before saving: it refuses a model that has diverged
+        if saving:
             self.save(task, replay)
         if stopping:
             raise Stopped(task, self.seen)
@@ -182,10 +185,12 @@ class Trainer:
         if replay is not None and self.world.is_main:
             metrics |= replay_metrics(replay.stats())
         self.tracker.log(metrics)
-        if not math.isfinite(metrics["loss"]):
+        # With fp16 an infinite gradient is an ordinary event, which the loss scale answers.
+        watched = ("loss",) if self.engine.dtype is torch.float16 else ("loss", "grad_norm")
+        if not all(math.isfinite(metrics.get(name, 0.0)) for name in watched):
             raise UserError(
                 f"{self.run.root}: the loss of task {task} is no finite number after {self.seen} images; the last "
-                "checkpoint is whole; lower optimizer.lr, or raise optimizer.warmup_images"
+                "checkpoint is whole; take another run.name with a lower optimizer.lr or more optimizer.warmup_images"
             )
 
     def cost(self) -> dict[str, float]:
@@ -205,19 +210,20 @@ class Trainer:
 
     def request_replay(self, task: int) -> None:
         """Tell the samplers what to make for a task, as early as its teacher is there."""
-        if self.world.is_main:
-            request = self._request(task)
-            if request is not None and self.config.replay.placement is not Placement.inline:
-                write_request(self.run, request)
-            if task <= len(self.tasks):
-                write_state(self.run, task)
-        self.world.barrier()
+        self.world.on_main(lambda: self._announce(task))
+
+    def _announce(self, task: int) -> None:
+        request = self._request(task)
+        if request is not None and self.config.replay.placement is not Placement.inline:
+            write_request(self.run, request)
+        if task <= len(self.tasks):
+            write_state(self.run, task)
 
     def _request(self, task: int) -> ReplayRequest | None:
         if not self.config.needs_teacher or not 2 <= task <= len(self.tasks):
             return None
-        classes = [label for earlier in self.tasks[: task - 1] for label in earlier]
         card = read_card(self.run.teacher(task - 1))
+        classes = self.config.classes_until(task - 1)
         return make_request(self.config, self.run, task, classes, card, self.steps)
 
     def _replay(self, task: int, stack: ExitStack) -> ReplaySource | None:
@@ -227,7 +233,8 @@ class Trainer:
         if self.method.rehearsal is Rehearsal.buffer:
             data = open_buffers([self.run.buffer(earlier) for earlier in range(1, task)], self.config.data.verify)
             stream = stack.enter_context(self._stream(data, task, self.config.replay_batch))
-            return BufferSource(stream, self._preparer("buffer"), self.config.replay_batch)
+            used = self.position.replay.get(str(task), {}).get("points_used", 0)
+            return BufferSource(stream, self._preparer(f"buffer/{task}"), self.config.replay_batch, used)
         request = self._request(task)
         assert request is not None
         self.position.teacher_id = request.teacher_id
@@ -286,12 +293,12 @@ class Trainer:
             self.run.teacher(task),
             weights,
             task=task,
-            classes=[label for learnt in self.tasks[:task] for label in learnt],
+            classes=config.classes_until(task),
             model=config.model,
             diffusion=config.diffusion,
             image_size=config.data.image_size,
             channels=config.data.channels,
-            max_classes=config.model.max_classes,
+            max_classes=config.max_classes,
             class_names=self.judge.class_names,
         )
         export_pipeline(self.run.pipeline(task), self.run.teacher(task))

@@ -28,13 +28,16 @@ class Position:
     replay: dict[str, dict[str, Any]] = field(default_factory=dict)  # counters of the replay source, by task
 
     def next_task(self) -> Position:
+        """The start of the task after this one."""
         return Position(task=self.task + 1, cost=self.cost, replay=self.replay)
 
     def as_extra(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
         return asdict(self)
 
     @classmethod
     def from_extra(cls, extra: dict[str, Any]) -> Position:
+        """The inverse of `as_extra`."""
         return cls(**extra)
 
 
@@ -43,13 +46,13 @@ def checkpoint_path(run: RunDir, task: int, step: int) -> Path:
     return run.checkpoints(task) / f"{STEP_PREFIX}{step:08d}"
 
 
-def newest_checkpoint(run: RunDir, tasks: int) -> Path | None:
-    """The latest published checkpoint of the latest task that has one."""
+def newest_checkpoint(run: RunDir, tasks: int) -> tuple[int, int]:
+    """Task and step of the latest published checkpoint of the latest task that has one; (0, 0) where none is."""
     for task in range(tasks, 0, -1):
         found = sorted(run.checkpoints(task).glob(f"{STEP_PREFIX}*"))
         if found:
-            return found[-1]
-    return None
+            return task, int(found[-1].name.removeprefix(STEP_PREFIX))
+    return 0, 0
 
 
 def prune_checkpoints(run: RunDir, task: int, keep: int, last_step: int) -> None:

@@ -104,17 +104,12 @@ def prepare_data(config: Config, progress: bool) -> DatasetCard:
         UserError: shards that are missing, corrupt or of another data set, naming file and key.
     """
     root, data = Path(config.data.root), config.data
-    if data.source is Source.digits or data.source_path or not (root / DATASET_NAME).exists():
-        if (
-            data.source is not Source.digits
-            and not (root / DATASET_NAME).exists()
-            and not Path(data.source_path).exists()
-        ):
-            raise UserError(
-                f"{data.source_path or root}: missing; put the raw images there (key data.source_path) or point "
-                "data.root at shards made with `python -m data_tools build`"
-            )
-        build(build_spec(config), root, progress)
+    if not (data.source is Source.digits or Path(data.source_path).exists() or (root / DATASET_NAME).exists()):
+        raise UserError(
+            f"{data.source_path or root}: missing; put the raw images there (key data.source_path) or point "
+            "data.root at shards made with `python -m data_tools build`"
+        )
+    build(build_spec(config), root, progress)
     numbers = list(range(1, len(data.tasks) + 1))
     for split in ("train", "test"):
         TaskData.open(root, split, numbers, data.verify)
@@ -132,7 +127,7 @@ def check_teachers(config: Config, run: RunDir) -> None:
         if not (directory / CARD_NAME).exists():
             continue
         card = read_teacher_card(directory)
-        wanted = [label for learnt in config.data.tasks[:task] for label in learnt]
+        wanted = config.classes_until(task)
         if card.task != task or sorted(card.classes) != sorted(wanted):
             raise UserError(f"{directory / CARD_NAME}: the teacher of another run (task {card.task}); key run.name")
 
@@ -145,20 +140,34 @@ def disk_need(config: Config) -> int:
     kept = config.checkpoint.keep + 1 + len(tasks)
     need = 4 * parameters * (copies * kept + 2 * len(tasks))
     if config.needs_teacher and config.replay.placement is not Placement.inline and len(tasks) > 1:
-        classes = [label for learnt in tasks[:-1] for label in learnt]
+        classes = config.classes_until(len(tasks) - 1)
         # One pool at a time: a learnt task's is discarded.
         need += estimate(plan_request(config, len(tasks), classes, steps))["disk_bytes"]
     return need
 
 
 def check_disk(config: Config, run: RunDir) -> None:
-    """Raises UserError where the run will not fit on the disk."""
-    need, free = disk_need(config), shutil.disk_usage(run.root).free
+    """Raises UserError where what the run has yet to write will not fit on the disk."""
+    written = sum(path.stat().st_size for path in run.root.rglob("*") if path.is_file())
+    need, free = disk_need(config) - written, shutil.disk_usage(run.root).free
     if need > free:
         raise UserError(
             f"{run.root}: the run needs up to {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; keys run.dir, "
             "replay.pool_gb, checkpoint.keep"
         )
+
+
+def sweep(run: RunDir) -> None:
+    """Remove what killed attempts left: half-written files, and what their supervisors said last.
+
+    Not in the replay pools: a sampler started by hand may be writing there.
+    """
+    for pattern in ("*", "tasks/*/*", "tasks/*/teacher/*", "tasks/*/checkpoints/*", "tasks/*/buffer/*", "report/*"):
+        for path in run.root.glob(pattern):
+            if path.name.startswith(".") and path.suffix in (".tmp", ".old"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in run.supervisor(0).parent.glob("supervisor-*.json"):
+        path.unlink()
 
 
 def preflight(config: Config, run: RunDir) -> DatasetCard:
@@ -167,10 +176,11 @@ def preflight(config: Config, run: RunDir) -> DatasetCard:
     Raises:
         UserError: one line naming file and key.
     """
-    check_model(config.model, image_size=config.data.image_size, max_classes=config.model.max_classes)
+    check_model(config.model, image_size=config.data.image_size, max_classes=config.max_classes)
     check_weights(config.evaluation.extractor, config.evaluation.extractor_path)
     check_run(config, run)
     check_teachers(config, run)
+    sweep(run)
     card = prepare_data(config, config.tracking.progress)
     check_requests(config)
     check_disk(config, run)
@@ -182,5 +192,4 @@ def check_requests(config: Config) -> None:
     """Raises ConfigError where a task's replay cannot be served as configured."""
     if config.needs_teacher:
         for task in range(2, len(config.data.tasks) + 1):
-            classes = [label for learnt in config.data.tasks[: task - 1] for label in learnt]
-            plan_request(config, task, classes, steps_per_task(config))
+            plan_request(config, task, config.classes_until(task - 1), steps_per_task(config))

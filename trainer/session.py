@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,11 +16,12 @@ from trainer.cli import USER_ERROR
 from trainer.config import Config, Placement
 from trainer.data.shards import read_card
 from trainer.engine import check_engine
-from trainer.errors import UserError
+from trainer.errors import ToldElsewhere, UserError
 from trainer.judge import Judge, picture_paths
 from trainer.lifeline import tie_to_launcher
 from trainer.loop import Trainer
-from trainer.preflight import finished_result, lock_run, preflight, resolve_root
+from trainer.preflight import check_run, finished_result, lock_run, preflight, resolve_root
+from trainer.replay.devices import choose_devices, node_gpus, visible_gpus
 from trainer.replay.state import write_state
 from trainer.replay.supervisor import Supervisor, supervise_until_finished
 from trainer.run import RunDir
@@ -38,6 +40,7 @@ def train(config: Config) -> int:
     Raises:
         UserError: before the first step, for what a person can mend.
     """
+    began = time.monotonic()
     cuda = torch.cuda.is_available()
     run = RunDir(Path(config.run.dir) / config.run.name)
     teachers = config.replay.devices_per_node if uses_teacher_ranks(config) else 0
@@ -51,40 +54,39 @@ def train(config: Config) -> int:
     done = finished_result(run, config)
     if role.index == 0:
         lock_run(run)
-        preflight(config, run)
-    if done is not None:
-        if role.index == 0:
+        if done is None:
+            preflight(config, run)
+        else:
+            check_run(config, run)
             write_state(run, len(config.data.tasks), finished=True)
             print_result(done, picture_paths(run, len(config.data.tasks)))
+    if done is not None:
         return 0
     world = join_world(teachers, config.train.threads or trainer_threads(config, role))
     code = FAILED
     try:
-        code = work(config, run, world)
+        code = work(config, run, world, began)
     finally:  # a rank that fails must end at once, or the others wait for it
         if code == FAILED:
             traceback.print_exc()
         leave_world(code)
 
 
-def work(config: Config, run: RunDir, world: World) -> int:
-    """Learn, with the sidecar beside it; the exit code."""
+def work(config: Config, run: RunDir, world: World, began: float) -> int:
+    """Learn, with the sidecar beside it; the exit code. `began`: when this process did, by time.monotonic()."""
     try:
         with ExitStack() as stack:
-            attempt = next_attempt(run) if world.is_main else 0
-            tracker = stack.enter_context(
-                open_tracker(run, config, len(config.data.tasks)) if world.is_main else Tracker()
-            )
-            if world.is_main:
-                for supervisor in supervisors(config, run, world, attempt):
-                    supervisor.start()
-                    stack.callback(supervisor.stop)
+            tracker = world.on_main(lambda: open_tracker(run, config, len(config.data.tasks))) or Tracker()
+            stack.enter_context(tracker)
+            attempt = world.on_main(lambda: next_attempt(run)) or 0
+            for supervisor in world.on_main(lambda: supervisors(config, run, world, attempt)) or ():
+                supervisor.start()
+                stack.callback(supervisor.stop)
             names = read_card(Path(config.data.root)).classes
             gc.disable()  # the loop collects at fixed steps, the same on all ranks
             judge = Judge(config, run, world, tracker, names)
-            content = Trainer(config, run, world, tracker, judge).fit()
-            if world.is_main:
-                write_state(run, len(config.data.tasks), finished=True)
+            content = Trainer(config, run, world, tracker, judge, began).fit()
+            world.on_main(lambda: write_state(run, len(config.data.tasks), finished=True))
         if world.is_main:
             print_result(content, picture_paths(run, len(config.data.tasks)))
         return 0
@@ -93,6 +95,13 @@ def work(config: Config, run: RunDir, world: World) -> int:
             write_state(run, stopped.task, finished=True)
             print(f"{run.root}: {stopped}", flush=True)
         return 0
+    except ToldElsewhere:
+        return USER_ERROR
+    except OSError as error:
+        print(
+            f"error: {error.filename or run.root}: {error.strerror or error}; key run.dir", file=sys.stderr, flush=True
+        )
+        return USER_ERROR
     except UserError as error:
         rank = "" if world.is_main else f" (rank {world.rank})"
         print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -139,14 +148,11 @@ def uses_teacher_ranks(config: Config) -> bool:
 
 
 def sidecar_device(config: Config, world: World, worker: int) -> str:
-    """`replay.device`, or else the GPUs after those of the trainer ranks, or else the trainers' own."""
-    if config.replay.device:
-        return config.replay.device
-    if world.device.type != "cuda":
-        return "cpu"
-    devices = torch.cuda.device_count()
-    trainers = int(os.environ.get("LOCAL_SIZE", "1"))
-    return f"cuda:{(trainers + worker) % devices}"
+    """The device of a sidecar, as the node numbers its GPUs. Raises ConfigError for one that is not there."""
+    trainers = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    gpus = node_gpus() if world.device.type == "cuda" else 0
+    replay = config.replay
+    return choose_devices(replay.device, replay.workers, trainers, gpus, visible_gpus(os.environ))[worker]
 
 
 def trainer_threads(config: Config, role: Role) -> int:

@@ -38,7 +38,7 @@ def fresh_model(config: Config) -> Denoiser:
             config.model,
             image_size=config.data.image_size,
             channels=config.data.channels,
-            max_classes=config.model.max_classes,
+            max_classes=config.max_classes,
         )
     if config.train.compile:
         for block in (*model.unet.down_blocks, model.unet.mid_block, *model.unet.up_blocks):

@@ -12,21 +12,22 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import ToldElsewhere, UserError
 from trainer.lifeline import tie_to_launcher
 
 # Longer than the main rank ever works alone (evaluation, writing) while the others wait in a collective.
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 SIOCGIFADDR = 0x8915
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,27 @@ class World:
         return bool(carrier.item())
 
     def barrier(self) -> None:
+        """Wait for every rank."""
         self.any(False)
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Do something on the main rank while the others wait; its value there, None on the others.
+
+        Raises:
+            UserError: on every rank when it failed on the main one, so that all end and none waits for ever.
+        """
+        value: T | None = None
+        failure: UserError | None = None
+        if self.is_main:
+            try:
+                value = work()
+            except UserError as error:
+                failure = error
+            except OSError as error:
+                failure = UserError(f"{error.filename or 'the run directory'}: {error.strerror or error}; key run.dir")
+        if self.any(failure is not None):
+            raise failure or ToldElsewhere("the main rank failed")
+        return value
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Equal-shaped tensors (N, ...) of all ranks as (size * N, ...), in rank order."""

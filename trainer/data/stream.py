@@ -82,6 +82,7 @@ class RealStream:
         self._depth = max(prefetch, workers)
         self._pending: deque[Future[HostBatch]] = deque()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reader")
+        self._pin = torch.cuda.is_available()  # so that the copy to the device does not hold up the step
         self._closed = False
 
     def read_step(self, step: int) -> HostBatch:
@@ -89,8 +90,9 @@ class RealStream:
         start = step * self._global_batch + self._rank * self._local_batch
         stop = start + self._local_batch
         indices, epochs = positions(self._seed, self._task, len(self._data), start, stop)
+        images = torch.from_numpy(self._data.read(indices))
         return HostBatch(
-            images=torch.from_numpy(self._data.read(indices)),
+            images=images.pin_memory() if self._pin else images,
             labels=torch.from_numpy(self._data.labels[indices]),
             keys=self._data.keys[indices],
             draws=epochs.astype(np.uint64),

@@ -17,6 +17,7 @@ from trainer.config import Config, MethodName, OnStarved, Placement, Points, Pre
 from trainer.data.shards import write_atomic
 from trainer.errors import ConfigError, UserError
 from trainer.run import RunDir
+from trainer.steps import checkpoint_interval
 
 if TYPE_CHECKING:
     from trainer.models.teacher import TeacherCard
@@ -262,8 +263,7 @@ def _check_pool(request: ReplayRequest, config: Config, steps_per_task: int) -> 
             f"replay.pool_gb={limit:g}: one shard of replay.shard_trajectories={request.shard_trajectories} has "
             f"{size / 1e9:.3g} GB"
         )
-    every = config.checkpoint.every_images or math.ceil(config.train.images_per_task / 4)
-    steps = min(steps_per_task, math.ceil(every / config.train.global_batch))
+    steps = min(steps_per_task, checkpoint_interval(config))
     between = math.ceil(steps * config.replay_batch / request.shard_uses)
     kept = KEPT_SHARDS if config.replay.on_starved is OnStarved.reuse else 0
     needed = min(request.shards, between + _SPARE_SHARDS + kept)
