@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -134,6 +135,20 @@ def world_methods(world: World) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "shared_memory": [path.name for path in Path("/dev/shm").glob("deepspeed*")],
     }
+
+
+def main_only(world: World, failing: bool) -> str:
+    """What each rank gets of work that the main rank does alone."""
+
+    def work() -> str:
+        if failing:
+            raise OSError(errno.ENOSPC, "No space left on device", "metrics.json")
+        return "done"
+
+    try:
+        return str(world.on_main(work))
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def group_timeouts(world: World) -> list[float]:

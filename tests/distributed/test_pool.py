@@ -32,6 +32,14 @@ def test_a_world_of_one(pools: Pools) -> None:
     assert (found["size"], found["broadcast"], found["any"], found["gathered"]) == (1, 2**60, [False, False], [[0, 10]])
 
 
+def test_what_fails_on_the_main_rank_ends_all(pools: Pools) -> None:
+    assert pools[2].run("main_only", failing=False) == ["done", "None"]
+    assert pools[2].run("main_only", failing=True) == [
+        "UserError: metrics.json: No space left on device; key run.dir",
+        "ToldElsewhere: the main rank failed",
+    ]
+
+
 def test_collectives_have_our_timeout(pools: Pools) -> None:
     assert pools[2].run("group_timeouts") == [[COLLECTIVE_TIMEOUT.total_seconds()] * 2] * 2
 

@@ -1,0 +1,115 @@
+"""What the main rank makes sure of before the ranks meet."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import ConfigError, UserError
+from trainer.preflight import (
+    check_disk,
+    check_run,
+    disk_need,
+    finished_result,
+    lock_run,
+    prepare_data,
+    resolve_root,
+    sweep,
+)
+from trainer.run import RunDir
+from trainer.settings import as_plain, load_config
+
+TINY = ["model.channels=[8,8]", "model.norm_groups=4", "data.tasks=[[0,1],[2,3]]"]
+
+
+def _lock(root: str, result: multiprocessing.queues.Queue[str]) -> None:
+    try:
+        lock_run(RunDir(Path(root)))
+        result.put("locked")
+    except UserError as error:
+        result.put(str(error))
+
+
+def test_lock_keeps_others_out_and_ends_with_its_process(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    result: multiprocessing.queues.Queue[str] = context.Queue()
+    first = context.Process(target=_lock, args=(str(tmp_path / "run"), result))
+    first.start()
+    assert result.get(timeout=20) == "locked"
+    first.join()
+    lock_run(RunDir(tmp_path / "run"))  # the first one is dead
+    second = context.Process(target=_lock, args=(str(tmp_path / "run"), result))
+    second.start()
+    assert "a live run holds this directory" in result.get(timeout=20)
+    second.join()
+
+
+def test_finished_only_with_every_task(tmp_path: Path) -> None:
+    config, run = load_config("digits", TINY), RunDir(tmp_path)
+    assert finished_result(run, config) is None
+    for content, finished in (({"tasks": 2, "final": {}}, True), ({"tasks": 1, "final": {}}, False), ([], False)):
+        run.metrics.write_text(json.dumps(content))
+        assert (finished_result(run, config) is not None) is finished
+    run.metrics.write_text('{"tasks": 2, "fin')
+    assert finished_result(run, config) is None
+
+
+def test_tasks_without_a_configuration_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "tasks" / "1").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"no config\.yaml"):
+        check_run(load_config("digits", TINY), RunDir(tmp_path))
+
+
+def test_sweep_takes_litter_alone(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    kept = [
+        run.teacher(1) / "card.json",
+        run.replay(2) / ".replay-000001.tar.1.tmp",
+        run.checkpoints(1) / "step-00000001",
+    ]
+    litter = [
+        run.checkpoints(1) / ".step-00000002.77.tmp",
+        run.teacher(1) / ".model.safetensors.7.tmp",
+        run.supervisor(0),
+    ]
+    for path in (*kept, *litter):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    (run.checkpoints(1) / ".step-00000003.77.old").mkdir()
+    sweep(run)
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in litter)
+    assert not (run.checkpoints(1) / ".step-00000003.77.old").exists()
+
+
+def test_disk_counts_what_is_written_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run = load_config("digits", TINY), RunDir(tmp_path)
+    need = disk_need(config)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": need - 1})())
+    with pytest.raises(UserError, match=r"GB are free; keys run\.dir"):
+        check_disk(config, run)
+    (tmp_path / "checkpoint").write_bytes(b"x" * 10)
+    check_disk(config, run)
+
+
+def test_shards_of_another_split_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config("digits", [*TINY, "data.root=shards"])
+    assert prepare_data(config, progress=False).tasks == [[0, 1], [2, 3]]
+    other = load_config("digits", ["data.tasks=[[4,5],[2,3]]", "data.root=shards"])
+    with pytest.raises(ConfigError, match=r"another data set.*data\.tasks"):
+        prepare_data(other, progress=False)
+
+
+def test_root_follows_the_data_and_not_the_number_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    roots = []
+    for tasks in ("[[0,1],[2,3]]", "[[0,1],[2,3],[4]]", "[[5,1]]"):
+        config = load_config("digits", [f"data.tasks={tasks}"])
+        resolve_root(config)
+        roots.append(config.data.root)
+        assert as_plain(config)["data"]["root"] == config.data.root
+    assert roots[0] == roots[1] != roots[2]
