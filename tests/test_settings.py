@@ -24,6 +24,28 @@ def test_defaults_then_yaml_then_dotlist(tmp_path: Path) -> None:
     assert config.data.tasks == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 
 
+def test_an_empty_value_empties(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", "data: {source_path: somewhere}\n")
+    assert load_config(path, ["data.source_path="]).data.source_path == ""
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["replay.placement=external", "replay.workers=2"],
+        ["replay.placement=inline", "replay.timeout=3"],
+        ["diffusion.schedule=cosine", "diffusion.beta_end=0.03"],
+        ["data.tasks=[[0,1]]", "data.classes_per_task=5"],
+        ["model.conditional=false", "model.max_classes=20"],
+    ],
+)
+def test_settings_without_effect_are_refused(overrides: list[str]) -> None:
+    with pytest.raises(
+        ConfigError, match=f"{overrides[1].split('=')[0]} has no effect with {overrides[0].split('=')[0]}"
+    ):
+        load_config("digits", overrides)
+
+
 def test_config_is_also_looked_for_in_configs() -> None:
     assert load_config("digits", []).data.image_size == 8
     with pytest.raises(ConfigError, match=r"nowhere.yaml: no such file.*digits.yaml"):

@@ -19,7 +19,7 @@ from trainer.data.shards import INDEX_NAME
 from trainer.data.stream import HostBatch, RealStream
 from trainer.diffusion.schedules import make_schedule
 from trainer.engine import Engine
-from trainer.errors import UserError
+from trainer.errors import ToldElsewhere, UserError
 from trainer.judge import Judge
 from trainer.meter import Meter
 from trainer.methods import Rehearsal, build_method
@@ -188,6 +188,8 @@ class Trainer:
         # With fp16 an infinite gradient is an ordinary event, which the loss scale answers.
         watched = ("loss",) if self.engine.dtype is torch.float16 else ("loss", "grad_norm")
         if not all(math.isfinite(metrics.get(name, 0.0)) for name in watched):
+            if not self.world.is_main:
+                raise ToldElsewhere("the loss is no finite number")  # the same numbers on all ranks: one tells
             raise UserError(
                 f"{self.run.root}: the loss of task {task} is no finite number after {self.seen} images; the last "
                 "checkpoint is whole; take another run.name with a lower optimizer.lr or more optimizer.warmup_images"

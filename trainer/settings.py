@@ -307,6 +307,8 @@ def _read_dotlist(overrides: list[str]) -> DictConfig:
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
+    # An empty value means an empty string here, where OmegaConf would read null.
+    overrides = [f"{override}''" if override.endswith("=") else override for override in overrides]
     try:
         return OmegaConf.from_dotlist(overrides)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
