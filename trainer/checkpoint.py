@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.data.shards import fsync_directory
 from trainer.errors import UserError
 
 FORMAT = 1
@@ -66,12 +67,12 @@ class CheckpointWriter:
     def _publish(self, text: str) -> None:
         (self._staging / STATE).write_text(text)
         for path in (*self._staging.iterdir(), self._staging):
-            _sync(path)
+            fsync_directory(path)
         old = self._staging.with_suffix(".old")
         if self._directory.exists():
             self._directory.rename(old)
         self._staging.rename(self._directory)
-        _sync(self._directory.parent)
+        fsync_directory(self._directory.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -113,11 +114,3 @@ class CheckpointReader:
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.safetensors"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

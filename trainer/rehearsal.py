@@ -7,6 +7,7 @@ from typing import Any
 from trainer.data.batch import Examples
 from trainer.data.prepare import Preparer
 from trainer.data.stream import RealStream
+from trainer.replay.source import POOLLESS
 
 
 class BufferSource:
@@ -24,15 +25,7 @@ class BufferSource:
         """Buffers stay."""
 
     def stats(self) -> dict[str, Any]:
-        return {
-            "points_used": self.used,
-            "teacher_evaluations": 0,
-            "starved_seconds": 0.0,
-            "starved_steps": 0,
-            "pool_ready": 0,
-            "pool_needed": 0,
-            "events": {},
-        }
+        return {**POOLLESS, "points_used": self.used}
 
     def close(self) -> None:
         """The stream belongs to who opened it."""

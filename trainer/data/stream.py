@@ -107,11 +107,10 @@ class RealStream:
         self._submit()
         if not self._pending:
             raise StopIteration
-        try:
-            batch = self._pending.popleft().result()
-        except BaseException:
+        future = self._pending.popleft()
+        if future.exception() is not None:
             self.close()
-            raise
+        batch = future.result()
         self._submit()  # refill before the consumer computes
         return batch
 

@@ -22,6 +22,18 @@ from trainer.run import RunDir
 __all__ = ["InlineSource", "PoolSource", "ReplaySource", "open_source"]
 
 
+# What a source without a pool has to say of one.
+POOLLESS: dict[str, Any] = {
+    "points_used": 0,
+    "teacher_evaluations": 0,
+    "starved_seconds": 0.0,
+    "starved_steps": 0,
+    "pool_ready": 0,
+    "pool_needed": 0,
+    "events": {},
+}
+
+
 class ReplaySource(Protocol):
     """What the loop knows of replay."""
 
@@ -87,14 +99,7 @@ class InlineSource:
         """Nothing is stored, so nothing is given back."""
 
     def stats(self) -> dict[str, Any]:
-        return {
-            **self.counters,
-            "starved_seconds": 0.0,
-            "starved_steps": 0,
-            "pool_ready": 0,
-            "pool_needed": 0,
-            "events": {},
-        }
+        return {**POOLLESS, **self.counters}
 
     def close(self) -> None:
         """There is no thread."""
