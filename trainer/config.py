@@ -269,3 +269,8 @@ class Config:
     def needs_teacher(self) -> bool:
         """Whether the method replays what the previous model generates."""
         return self.method.name in (MethodName.generative_replay, MethodName.generative_distillation)
+
+    @property
+    def teacher_ranks(self) -> bool:
+        """Whether some of the launched ranks are teachers."""
+        return self.needs_teacher and self.replay.placement is Placement.ranks

@@ -18,30 +18,13 @@ from trainer.config import Config, OptimizerConfig, OptimizerName, Precision
 from trainer.errors import ConfigError, UserError
 from trainer.moments import MOMENTS, AdamMoments, Ema
 from trainer.partition import FlatPartition, Partition, ShardedPartition, WholePartition
+from trainer.settings import check_engine
 from trainer.world import World
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 BUCKET_NUMEL = 50_000_000  # gradients reduced at once, at most
 PERSISTENT_NUMEL = 100_000  # ZeRO-3 keeps smaller parameters whole on every rank: gathering each would cost more
 LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def check_engine(config: Config, device_type: str) -> None:
-    """Refuse what this engine cannot train, before anything is started.
-
-    Raises:
-        ConfigError: one line naming the keys.
-    """
-    stage, precision = config.zero.stage, config.train.precision
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(f"zero.stage={stage}: must be 0, 1, 2 or 3")
-    if stage == 0 and precision is not Precision.fp32:
-        raise ConfigError(
-            f"zero.stage=0 with train.precision={precision.value}: DeepSpeed would train another model without ZeRO; "
-            "take zero.stage=1 (the same memory on one device) or train.precision=fp32"
-        )
-    if precision is Precision.fp16 and device_type == "cpu":
-        raise ConfigError("train.precision=fp16: the CPU does not train in fp16; take fp32 or bf16")
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:

@@ -11,7 +11,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from trainer.config import Config, Placement, Precision
-from trainer.engine import check_engine
 from trainer.errors import ConfigError
 from trainer.replay.devices import choose_devices
 from trainer.replay.request import estimate, plan_request
@@ -97,7 +96,6 @@ def make_plan(config: Config, launched: int, gpus: int) -> Plan:
         raise ConfigError(f"--num_gpus {launched}: this machine has {gpus}")
     trainers = _trainers(config, launched)
     check_world(config, trainers, cuda=gpus > 0)
-    check_engine(config, "cuda" if gpus else "cpu")
     parameters = count_parameters(config)
     sampler = WIDTH[config.replay.precision] * parameters if config.needs_teacher else 0
     memory = state_bytes(parameters, config, trainers)
@@ -124,7 +122,7 @@ def make_plan(config: Config, launched: int, gpus: int) -> Plan:
 
 
 def _trainers(config: Config, launched: int) -> int:
-    teachers = config.replay.devices_per_node if _teacher_ranks(config) else 0
+    teachers = config.replay.devices_per_node if config.teacher_ranks else 0
     if launched <= teachers:
         raise ConfigError(
             f"replay.devices_per_node={teachers}: no rank is left to train of {launched}; start more "
@@ -133,17 +131,13 @@ def _trainers(config: Config, launched: int) -> int:
     return launched - teachers
 
 
-def _teacher_ranks(config: Config) -> bool:
-    return config.needs_teacher and config.replay.placement is Placement.ranks
-
-
 def plan_processes(config: Config, launched: int, gpus: int) -> list[ProcessPlan]:
     """All processes of one node, by placement."""
     replay = config.replay
     trainers = _trainers(config, launched)
     local = [f"cuda:{index}" if gpus else "cpu" for index in range(launched)]
     processes = [ProcessPlan("trainer", trainers, local[:trainers], "deepspeed")]
-    if _teacher_ranks(config):
+    if config.teacher_ranks:
         processes.append(ProcessPlan("teacher", launched - trainers, local[trainers:], "deepspeed"))
     if not config.needs_teacher or len(config.data.tasks) < 2:
         return processes

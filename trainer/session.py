@@ -15,7 +15,6 @@ import torch
 from trainer.cli import USER_ERROR
 from trainer.config import Config, Placement
 from trainer.data.shards import read_card
-from trainer.engine import check_engine
 from trainer.errors import ToldElsewhere, UserError
 from trainer.judge import Judge, picture_paths
 from trainer.lifeline import tie_to_launcher
@@ -43,9 +42,8 @@ def train(config: Config) -> int:
     began = time.monotonic()
     cuda = torch.cuda.is_available()
     run = RunDir(Path(config.run.dir) / config.run.name)
-    teachers = config.replay.devices_per_node if uses_teacher_ranks(config) else 0
+    teachers = config.replay.devices_per_node if config.teacher_ranks else 0
     role = split_ranks(os.environ, teachers)
-    check_engine(config, "cuda" if cuda else "cpu")
     if role.kind == "teacher":
         return teach(config, run, role, cuda)
     check_world(config, role.count, cuda)
@@ -142,11 +140,6 @@ def supervisors(config: Config, run: RunDir, world: World, attempt: int) -> list
     ]
 
 
-def uses_teacher_ranks(config: Config) -> bool:
-    """Whether some of the launched ranks are teachers."""
-    return config.needs_teacher and config.replay.placement is Placement.ranks
-
-
 def sidecar_device(config: Config, world: World, worker: int) -> str:
     """The device of a sidecar, as the node numbers its GPUs. Raises ConfigError for one that is not there."""
     trainers = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
@@ -164,7 +157,7 @@ def trainer_threads(config: Config, role: Role) -> int:
     busy = 0
     if config.needs_teacher and config.replay.placement is Placement.subprocess and not torch.cuda.is_available():
         busy = config.replay.workers * config.replay.threads
-    elif uses_teacher_ranks(config):
+    elif config.teacher_ranks:
         busy = config.replay.devices_per_node * config.replay.threads
     return max(1, (cores - busy) // local)
 

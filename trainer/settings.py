@@ -143,6 +143,24 @@ def check(config: Config) -> None:
         rule(config)
 
 
+def check_engine(config: Config, device_type: str) -> None:
+    """Refuse what the engine cannot train with this ZeRO stage and precision on this kind of device ("cpu", "cuda").
+
+    Raises:
+        ConfigError: one line naming the keys.
+    """
+    stage, precision = config.zero.stage, config.train.precision
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero.stage={stage}: must be 0, 1, 2 or 3")
+    if stage == 0 and precision is not Precision.fp32:
+        raise ConfigError(
+            f"zero.stage=0 with train.precision={precision.value}: DeepSpeed would train another model without ZeRO; "
+            "take zero.stage=1 (the same memory on one device) or train.precision=fp32"
+        )
+    if precision is Precision.fp16 and device_type == "cpu":
+        raise ConfigError("train.precision=fp16: the CPU does not train in fp16; take fp32 or bf16")
+
+
 def check_world(config: Config, trainers: int, cuda: bool) -> None:
     """Refuse what the number of trainer ranks or the kind of device makes impossible."""
     train = config.train
@@ -162,8 +180,7 @@ def check_world(config: Config, trainers: int, cuda: bool) -> None:
             f"train.micro_batch={micro}: the rank's {config.replay_batch // trainers} replay points do not divide "
             f"into {local // micro} micro-batches"
         )
-    if train.precision is Precision.fp16 and not cuda:
-        raise ConfigError("train.precision=fp16: this machine's CPU does not train in fp16; take fp32 or bf16")
+    check_engine(config, "cuda" if cuda else "cpu")
     if train.compile and not cuda and shutil.which("g++") is None:
         raise ConfigError("train.compile=true: needs a C++ compiler (g++) on a machine without CUDA")
     if config.replay.device.startswith("cuda") and not cuda:
@@ -245,12 +262,7 @@ def _check_replay(config: Config) -> None:
 
 
 def _check_train(config: Config) -> None:
-    _require(config.zero.stage in (0, 1, 2, 3), "zero.stage", config.zero.stage, "must be 0, 1, 2 or 3")
-    if config.zero.stage == 0 and config.train.precision is Precision.bf16:
-        raise ConfigError(
-            "zero.stage=0 with train.precision=bf16: DeepSpeed would train another model (its Adam runs one step "
-            "ahead); take zero.stage=1"
-        )
+    check_engine(config, "cuda")  # what no machine can; `check_world` knows this one
     if config.zero.stage == 3 and config.train.compile:
         raise ConfigError("train.compile=true with zero.stage=3: the gathering hooks break every graph; take stage 1")
     _require(

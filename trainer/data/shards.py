@@ -221,7 +221,7 @@ def check_shard(path: Path, entry: ShardEntry, *, sha256: bool) -> None:
         size = path.stat().st_size
         if size != entry.bytes:
             raise UserError(f"{path}: {size} bytes, {entry.bytes} expected")
-        if sha256 and _sha256(path) != entry.sha256:
+        if sha256 and sha256_file(path) != entry.sha256:
             raise UserError(f"{path}: corrupt (its sha256 is not the one of the index)")
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
@@ -268,7 +268,8 @@ def _valid_span(span: object, limit: int) -> bool:
     return isinstance(first, int) and isinstance(size, int) and first >= 0 <= size and first + size <= limit
 
 
-def _sha256(path: Path) -> str:
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read a block at a time."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -15,14 +15,13 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from trainer.config import DiffusionConfig, ModelConfig, Prediction, Schedule
-from trainer.data.shards import write_atomic
+from trainer.data.shards import sha256_file, write_atomic
 from trainer.diffusion.schedules import NoiseSchedule, make_schedule
 from trainer.errors import UserError
 from trainer.models.denoiser import Denoiser, build_denoiser
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "card.json"
-HASH_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -145,14 +144,10 @@ def _describes(path: Path, teacher_id: str) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(HASH_BLOCK):
-                digest.update(block)
+        return sha256_file(path)
     except OSError as error:
         raise UserError(f"{path}: unreadable ({error.strerror})") from None
-    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import queue
 import socket
 import threading
 import time
 from collections import OrderedDict
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,16 +50,12 @@ class ReadAhead:
         self.starving: float | None = None  # since when (monotonic)
         self.misses = 0  # looks for a shard that was not there
         self._decoded: OrderedDict[int, DecodedShard] = OrderedDict()
-        self._jobs: queue.SimpleQueue[tuple[Int64, Future[Loaded]] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="replay-reader", daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="replay-reader")
 
     def submit(self, positions: Int64) -> Future[Loaded]:
         """Points of these positions (n,), in their order, as soon as their shards are there."""
-        future: Future[Loaded] = Future()
-        self._jobs.put((positions, future))
-        return future
+        return self._thread.submit(self._load, positions)
 
     def wait_for(self, shard: int) -> DecodedShard:
         """A shard, as soon as it is published and intact.
@@ -84,16 +79,7 @@ class ReadAhead:
     def close(self) -> None:
         """End the thread, whatever it waits for. Repeatable."""
         self._closing.set()
-        self._jobs.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            positions, future = job
-            try:
-                future.set_result(self._load(positions))
-            except Exception as error:  # noqa: BLE001 - handed on to whoever asks for the result
-                future.set_exception(error)
+        self._thread.shutdown(cancel_futures=True)
 
     def _load(self, positions: Int64) -> Loaded:
         request, misses = self.pool.request, self.misses
