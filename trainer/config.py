@@ -76,6 +76,11 @@ class OnStarved(str, Enum):
     fail = "fail"
 
 
+class Retirement(str, Enum):
+    delete = "delete"
+    keep = "keep"
+
+
 class Extractor(str, Enum):
     classifier = "classifier"
     inception = "inception"
@@ -166,6 +171,7 @@ class TrainConfig:
     log_every: int = 10  # steps between two fetches of the metrics from the device
     gc_every: int = 200  # steps between two runs of Python's garbage collector
     threads: int = 0  # CPU threads of each trainer rank; 0: cores shared out between the processes of the job
+    max_skipped: int = 25  # steps in a row skipped for a loss or gradient that is not finite, before the run ends
 
 
 @dataclass
@@ -205,8 +211,13 @@ class ReplayConfig:
     threads: int = 1  # CPU threads of each teacher; like train.threads, another number rounds differently
     on_starved: OnStarved = OnStarved.wait
     timeout: float = 600.0  # seconds without a new shard after which waiting ends the run
+    reuse_cap: int = 4  # on_starved=reuse: times that a stored point may be used in all; then the step goes without
     pool_gb: float = 10.0  # bytes of published shards a pool may hold, in GB
+    pool_shards: int = 0  # unused shards at which a pool counts as full; 0: as many as pool_gb holds
+    low_watermark: float = 0.5  # a full pool is filled again once no more than this share of it is unused
+    retirement: Retirement = Retirement.delete  # what becomes of the pool of a task that is learnt
     restarts: int = 3  # of a dead sampler in a row without a new shard, before it is given up
+    hang_timeout: float = 300.0  # seconds without a sign of life after which a sampler is killed and started again
 
 
 @dataclass
@@ -233,6 +244,7 @@ class TrackingConfig:
     wandb: Wandb = Wandb.off
     project: str = "palimpsest"
     wandb_samples: int = 64
+    seen_samples: bool = False  # write the keys of the images of each step to the attempt's log directory
 
 
 @dataclass

@@ -92,6 +92,10 @@ class RunDir:
         """Output of sampler `worker` in one attempt."""
         return self.log(attempt) / f"teacher-{worker}.log"
 
+    def events(self, who: str) -> Path:
+        """Faults and interventions that one process (`trainer`, `sampler-0`, `supervisor-0`) has noted."""
+        return self.root / "events" / f"{who}.jsonl"
+
     def buffer(self, task: int) -> Path:
         """Real images of `task` kept for experience replay."""
         return self.task(task) / "buffer"

@@ -45,6 +45,7 @@ FREE_KEYS = (
     "train.log_every",
     "train.gc_every",
     "train.threads",
+    "train.max_skipped",
     "zero.",
     "replay.placement",
     "replay.workers",
@@ -53,8 +54,13 @@ FREE_KEYS = (
     "replay.threads",
     "replay.on_starved",
     "replay.timeout",
+    "replay.reuse_cap",
     "replay.pool_gb",
+    "replay.pool_shards",
+    "replay.low_watermark",
+    "replay.retirement",
     "replay.restarts",
+    "replay.hang_timeout",
     "evaluation.batch",
     "evaluation.extractor_path",
     "checkpoint.",
@@ -193,14 +199,15 @@ def _check_numbers(config: Config) -> None:
     positive = (
         "data.classes data.image_size data.classes_per_task data.shard_size data.workers data.prefetch "
         "model.layers_per_block model.norm_groups model.attention_head_dim diffusion.timesteps optimizer.lr "
-        "train.images_per_task train.global_batch train.log_every train.gc_every replay.steps "
+        "train.images_per_task train.global_batch train.log_every train.gc_every train.max_skipped replay.steps "
         "replay.points_per_trajectory replay.reuse replay.shard_trajectories replay.sampler_batch replay.workers "
-        "replay.devices_per_node replay.threads replay.timeout replay.pool_gb evaluation.samples evaluation.steps "
-        "evaluation.batch evaluation.grid_per_class evaluation.classifier_epochs checkpoint.keep"
+        "replay.devices_per_node replay.threads replay.timeout replay.pool_gb replay.reuse_cap replay.hang_timeout "
+        "evaluation.samples evaluation.steps evaluation.batch evaluation.grid_per_class evaluation.classifier_epochs "
+        "checkpoint.keep"
     )
     natural = (
-        "train.micro_batch train.threads replay.batch replay.restarts replay.eta evaluation.eta optimizer.eps "
-        "optimizer.weight_decay optimizer.warmup_images optimizer.clip_norm method.distillation_weight "
+        "train.micro_batch train.threads replay.batch replay.restarts replay.pool_shards replay.eta evaluation.eta "
+        "optimizer.eps optimizer.weight_decay optimizer.warmup_images optimizer.clip_norm method.distillation_weight "
         "method.rehearsal_coefficient checkpoint.every_images model.dropout tracking.wandb_samples "
         "model.max_classes method.buffer_per_class"
     )
@@ -211,7 +218,7 @@ def _check_numbers(config: Config) -> None:
         _require(values[key] > 0, key, values[key], "must be above 0")
     for key in natural.split():
         _require(values[key] >= 0, key, values[key], "must not be negative")
-    for key in ("optimizer.beta1", "optimizer.beta2", "ema.decay", "model.dropout"):
+    for key in ("optimizer.beta1", "optimizer.beta2", "ema.decay", "model.dropout", "replay.low_watermark"):
         _require(0 <= values[key] < 1, key, values[key], "must be in [0, 1)")
     for key in ("replay.eta", "evaluation.eta"):
         _require(values[key] <= 1, key, values[key], "must be in [0, 1]")

@@ -18,8 +18,9 @@ import webdataset
 from trainer.config import Points
 from trainer.errors import UserError
 from trainer.replay import sidecar
+from trainer.replay.decode import Corrupt, decode, shard_name
 from trainer.replay.manifest import Manifest, append_line
-from trainer.replay.pool import Corrupt, PoolReader, decode, discard, shard_name
+from trainer.replay.pool import PoolReader, discard
 from trainer.replay.sidecar import pool_window, worker_lock
 from trainer.replay.state import read_json, write_json
 

@@ -22,8 +22,8 @@ from trainer.errors import UserError
 from trainer.kernels.philox import normal
 from trainer.models.teacher import load_teacher
 from trainer.replay import pool_source
+from trainer.replay.decode import shard_name
 from trainer.replay.draws import draws
-from trainer.replay.pool import shard_name
 from trainer.replay.source import InlineSource, PoolSource, open_source
 from trainer.replay.state import read_json, write_json
 from trainer.replay.trajectory import sample_trajectories

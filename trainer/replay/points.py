@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.data.batch import Examples
 from trainer.diffusion.schedules import NoiseSchedule
-from trainer.replay.pool import DecodedShard, as_tensor
+from trainer.replay.decode import DecodedShard, as_tensor
 from trainer.replay.request import ReplayRequest
 from trainer.replay.trajectory import TrajectoryBatch, renoise
 

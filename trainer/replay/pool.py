@@ -6,56 +6,23 @@ its timestep and noise seed) with `<key>.end.npy` or `<key>.states.npy`, and `<k
 
 from __future__ import annotations
 
-import io
 import json
 import sys
-import tarfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from trainer.data.shards import Sample, ShardEntry, encode_shard, write_atomic
 from trainer.errors import UserError
+from trainer.replay.decode import Corrupt, DecodedShard, Float16, decode, npy_header, shard_name, trajectory_key
 from trainer.replay.manifest import Manifest, ShardLine
 from trainer.replay.request import REQUEST_SCHEMA, ReplayRequest
 from trainer.replay.state import write_json
 from trainer.replay.trajectory import TrajectoryBatch
 from trainer.run import RunDir
-
-Float16 = NDArray[np.float16]
-Int64 = NDArray[np.int64]
-
-
-class Corrupt(Exception):
-    """A shard that is not what its manifest line says; the message says why."""
-
-
-@dataclass(frozen=True)
-class DecodedShard:
-    """The K trajectories of one shard; shapes as in `TrajectoryBatch`."""
-
-    label: Int64
-    t: Int64
-    seeds: Int64
-    images: Float16
-    targets: Float16 | None
-
-
-def shard_name(shard: int) -> str:
-    return f"replay-{shard:06d}.tar"
-
-
-def trajectory_key(trajectory: int) -> str:
-    return f"{trajectory:012d}"
-
 
 # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -144,16 +111,8 @@ def _records(batch: TrajectoryBatch) -> list[dict[str, Any]]:
     ]
 
 
-@lru_cache(maxsize=16)
-def _header(shape: tuple[int, ...]) -> bytes:
-    """The only npy header that is written or accepted for a shape: compared, never evaluated."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f2", "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
-
-
 def _npy(array: Float16) -> bytes:
-    return _header(array.shape) + array.astype("<f2", copy=False).tobytes()
+    return npy_header(array.shape) + array.astype("<f2", copy=False).tobytes()
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -248,72 +207,3 @@ class PoolReader:
                     return
         if self._bad:
             self.manifest.refresh()
-
-
-def decode(request: ReplayRequest, shard: int, data: bytes) -> DecodedShard:
-    """The contents of a shard's tar. Raises Corrupt where a member is missing, surplus or not as it must be."""
-    image, points = request.image_shape, (request.points_per_trajectory, *request.image_shape)
-    shapes: dict[str, tuple[int, ...]] = {"end.npy": image} if request.renoised else {"states.npy": points}
-    if request.teacher_targets:
-        shapes["targets.npy"] = points
-    first = shard * request.shard_trajectories
-    records: list[dict[str, Any]] = []
-    arrays: dict[str, list[Float16]] = {name: [] for name in shapes}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for trajectory in range(first, first + request.shard_trajectories):
-                key = trajectory_key(trajectory)
-                records.append(_record(_member(tar, data, f"{key}.json"), trajectory, request))
-                for name, shape in shapes.items():
-                    arrays[name].append(_array(_member(tar, data, f"{key}.{name}"), shape))
-            if tar.next() is not None:
-                raise Corrupt("more members than a shard has")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise Corrupt(f"not a tar ({error})") from None
-    stacked = {name: np.stack(parts) for name, parts in arrays.items()}
-    return DecodedShard(
-        label=np.array([record["label"] for record in records], dtype=np.int64),
-        t=np.array([record["timesteps"] for record in records], dtype=np.int64),
-        seeds=np.array([record["seeds"] for record in records], dtype=np.int64),
-        images=stacked["end.npy" if request.renoised else "states.npy"],
-        targets=stacked.get("targets.npy"),
-    )
-
-
-def _member(tar: tarfile.TarFile, data: bytes, name: str) -> bytes:
-    """The next member, which must be this regular file. Nothing is ever extracted to a path."""
-    member = tar.next()
-    if member is None or member.name != name or not member.isreg():
-        raise Corrupt(f"member {name} expected, {member.name if member else 'the end'} found")
-    return data[member.offset_data : member.offset_data + member.size]
-
-
-def _record(data: bytes, trajectory: int, request: ReplayRequest) -> dict[str, Any]:
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Corrupt(f"trajectory {trajectory}: {error}") from None
-    if not isinstance(record, dict) or record.get("schema") != REQUEST_SCHEMA:
-        raise Corrupt(f"trajectory {trajectory}: not of schema {REQUEST_SCHEMA}")
-    lists = [record.get("timesteps"), record.get("seeds")]
-    numbers = [record.get("label"), *(value for part in lists if isinstance(part, list) for value in part)]
-    if len(numbers) != 1 + 2 * request.points_per_trajectory or not all(type(value) is int for value in numbers):
-        raise Corrupt(f"trajectory {trajectory}: its label, timesteps or seeds are malformed")
-    if not all(-(2**63) <= value < 2**63 for value in numbers):
-        raise Corrupt(f"trajectory {trajectory}: a seed is not a 64-bit number")
-    if not all(0 <= t < request.timesteps for t in record["timesteps"]):
-        raise Corrupt(f"trajectory {trajectory}: a timestep lies outside the schedule")
-    if record.get("trajectory") != trajectory or len(record["seeds"]) != request.points_per_trajectory:
-        raise Corrupt(f"trajectory {trajectory}: holds another's record")
-    return record
-
-
-def _array(data: bytes, shape: tuple[int, ...]) -> Float16:
-    header = _header(shape)
-    if not data.startswith(header) or len(data) != len(header) + 2 * int(np.prod(shape)):
-        raise Corrupt(f"not an fp16 array of shape {shape}")
-    return np.frombuffer(data, dtype="<f2", offset=len(header)).reshape(shape)
-
-
-def as_tensor(array: Float16 | Int64) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))

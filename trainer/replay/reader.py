@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import UserError
+from trainer.replay.decode import DecodedShard
 from trainer.replay.draws import locate
 from trainer.replay.points import StoredPoints, gather
-from trainer.replay.pool import DecodedShard, PoolReader
+from trainer.replay.pool import PoolReader
 from trainer.replay.state import process_alive, read_json
 from trainer.run import RunDir
 

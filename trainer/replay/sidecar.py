@@ -22,8 +22,9 @@ from trainer.data.shards import FULL_DISK
 from trainer.diffusion.schedules import NoiseSchedule
 from trainer.errors import UserError
 from trainer.models.denoiser import Denoiser
+from trainer.replay.decode import shard_name
 from trainer.replay.manifest import Manifest
-from trainer.replay.pool import encode, publish, shard_name
+from trainer.replay.pool import encode, publish
 from trainer.replay.request import ReplayRequest, read_request
 from trainer.replay.state import read_json, read_state, write_json
 from trainer.replay.teacher import open_teacher
