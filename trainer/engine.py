@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trainer.checkpoint import CheckpointReader, CheckpointWriter
 from trainer.config import Config, OptimizerConfig, OptimizerName, Precision
 from trainer.errors import ConfigError, UserError
-from trainer.moments import MOMENTS, AdamMoments, Ema
+from trainer.moments import MOMENTS, AdamMoments, Ema, Skips
 from trainer.partition import FlatPartition, Partition, ShardedPartition, WholePartition
 from trainer.settings import check_engine
 from trainer.world import World
@@ -46,7 +46,8 @@ class Engine:
     """Trains one model over all ranks of a world.
 
     A step is `accumulation` times `model` and `backward`, then `step`; gradients are averaged over micro-batches and
-    ranks, so each loss is the mean over its micro-batch.
+    ranks, so each loss is the mean over its micro-batch. A step with a loss or a gradient that is not finite, in any
+    micro-batch of any rank, changes nothing and is counted; so is one whose squared gradient norm overflows fp32.
     """
 
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
@@ -65,16 +66,21 @@ class Engine:
         adam = make_optimizer(list(model.parameters()), config.optimizer)
         self._engine = _initialize(model, adam, deepspeed_config(config, world.size, _numel(shapes)))
         self._engine.train()
+        _skip_alike(self._engine.optimizer, self._stage)
         self._partition = _find_partition(self._engine, self._stage, shapes, world)
         if initial:
             self._partition.scatter(initial.__getitem__, self._partition.masters)
+        self._adam = adam
         self._moments = AdamMoments(adam, self._partition.masters)
+        self._skips = Skips(world.device)
         self._ema = Ema(self._partition.masters, config.ema.decay) if config.ema.decay else None
 
-    @property
-    def skipped_steps(self) -> int:
-        """Steps that changed nothing because a gradient was not finite (expected with fp16 only)."""
-        return int(self._engine.skipped_steps)
+    def skips(self) -> tuple[int, int]:
+        """Steps that changed nothing, in all and in a row up to now; the same on all ranks. Waits for the device.
+
+        With fp16 a few are ordinary: the loss scale finds its place by them.
+        """
+        return self._skips.get()
 
     def model(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """The prediction of the model being trained; any number of calls may precede one `backward`."""
@@ -86,19 +92,28 @@ class Engine:
         assert self._micro_steps <= self.accumulation, "a step is due"
         if self.accumulation > 1:
             self._engine.set_gradient_accumulation_boundary(self._micro_steps == self.accumulation)
-        self._engine.backward(loss)
+        # A gradient can be finite where the loss is not: then it is spoilt, so that ZeRO's own check finds it.
+        self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype))
 
     def step(self) -> None:
-        """Clip, update the weights, follow with the EMA. `grad_norm` is then the norm before clipping, fp32 scalar."""
+        """Clip, update the weights, follow with the EMA. `grad_norm` is then the norm before clipping, fp32 scalar.
+
+        It is not finite where the step changed nothing.
+        """
         assert self._micro_steps == self.accumulation, "micro-batches are missing"
         self._micro_steps = 0
         if self._stage == 0:
             self.grad_norm = _clip([p for p in self._partition.masters if p.grad is not None], self._clip_norm)
-        self._engine.step()
-        if self._stage > 0:
+            skipped = (~_usable(self.grad_norm)).float()
+            setattr(self._adam, "found_inf", skipped)  # noqa: B010  torch's fused Adam heeds it on the device
+            self._engine.step()
+        else:
+            self._engine.step()
             self.grad_norm = _as_tensor(self._engine.get_global_grad_norm(), self._world.device)
-        if self._ema is not None and self._engine.was_step_applied():
-            self._ema.update()
+            skipped = torch.full((), 1.0 - self._engine.was_step_applied(), device=self._world.device)
+        self._skips.add(skipped)
+        if self._ema is not None:
+            self._ema.update(skipped)
 
     def set_lr(self, lr: float) -> None:
         for group in self._engine.optimizer.param_groups:
@@ -128,7 +143,8 @@ class Engine:
                 writer.write(name, tensors)
         steps = self._moments.steps()
         if writer is not None:
-            writer.publish({"steps": steps, "loss_scale": self._loss_scale(), "extra": dict(extra)})
+            state = {"steps": steps, "skips": self.skips(), "loss_scale": self._loss_scale()}
+            writer.publish(state | {"extra": dict(extra)})
         if self._world.any(writer is not None and writer.failure is not None):
             raise UserError(writer.failure if writer and writer.failure else f"{directory}: the main rank failed")
 
@@ -152,6 +168,7 @@ class Engine:
             reader.read(name, lambda read, values=values: self._partition.scatter(read, values))
         self._partition.publish()
         self._moments.set_steps(int(reader.state["steps"]))
+        self._skips.set(*reader.state["skips"])
         self._set_loss_scale(reader.state["loss_scale"])
         return reader.state["extra"]
 
@@ -186,7 +203,7 @@ class Engine:
         buffers = {name: buffer.shape for name, buffer in _buffers(self._engine.module).items()}
         for name in self._pieces():
             reader.check(name, shapes | buffers if name == "weights" else shapes)
-        missing = {"steps", "loss_scale", "extra"} - reader.state.keys()
+        missing = {"steps", "skips", "loss_scale", "extra"} - reader.state.keys()
         if missing:
             raise UserError(f"{directory}/state.json: holds no {sorted(missing)[0]}")
         return reader
@@ -231,7 +248,7 @@ def deepspeed_config(config: Config, world_size: int, numel: int) -> dict[str, A
         "gradient_clipping": config.optimizer.clip_norm if stage > 0 else 0.0,  # stage 0 clips in Engine.step
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": precision is Precision.bf16},
+        "bf16": {"enabled": precision is Precision.bf16, "check_grad_overflow": True},
         "fp16": {"enabled": precision is Precision.fp16},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
@@ -270,6 +287,29 @@ def _clip(parameters: list[Tensor], clip_norm: float) -> Tensor:
     if clip_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     return norm
+
+
+def _usable(norm: Tensor) -> Tensor:
+    """Whether a gradient of this norm (scalar) can be applied: Adam squares it, in fp32."""
+    return norm.float().square().isfinite()
+
+
+def _skip_alike(optimizer: Any, stage: int) -> None:
+    """Make ZeRO's stages refuse the same gradients, and never raise an error for them.
+
+    Stages 1 and 2 sum the squared norm in fp32, stage 3 in fp64, where it hardly ever overflows. The loss scaler
+    would raise a bare Exception at its smallest scale: how many skipped steps are too many is for the caller to say.
+    """
+    if stage == 3:
+        measure = optimizer.get_grad_norm_direct
+
+        def get_grad_norm_direct(*args: Any, **kwargs: Any) -> Tensor:
+            norm = measure(*args, **kwargs)
+            return torch.where(_usable(norm), norm, torch.inf)
+
+        optimizer.get_grad_norm_direct = get_grad_norm_direct
+    if stage > 0 and getattr(optimizer.loss_scaler, "dynamic", False):
+        optimizer.loss_scaler.raise_error_at_min_scale = False
 
 
 def _as_tensor(norm: Tensor | float | None, device: torch.device) -> Tensor | None:

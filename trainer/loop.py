@@ -180,8 +180,9 @@ class Trainer:
         metrics: dict[str, Any] = {"task": task, "step": self.position.step, "seen": self.seen}
         metrics |= self.meter.fetch(self.world)
         metrics["lr"] = self.learning_rate(self.position.step - 1)
-        if self.engine.skipped_steps:
-            metrics["skipped_steps"] = self.engine.skipped_steps
+        skipped, _ = self.engine.skips()
+        if skipped:
+            metrics["skipped_steps"] = skipped
         if replay is not None and self.world.is_main:
             metrics |= replay_metrics(replay.stats())
         self.tracker.log(metrics)

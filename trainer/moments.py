@@ -1,4 +1,4 @@
-"""What the optimiser remembers of the masters: Adam's moments and step count, and the average of the weights."""
+"""What the optimiser remembers of the masters: Adam's moments and step count, the average of the weights, skips."""
 
 from __future__ import annotations
 
@@ -60,6 +60,30 @@ class Ema:
         self.averages = [master.detach().clone() for master in masters]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, skipped: Tensor) -> None:
+        """Follow the masters; skipped: fp32 scalar on their device, 1 where the step changed nothing, else 0."""
+        weight = (1 - self._decay) * (1 - skipped)
         for average, master in zip(self.averages, self._masters, strict=True):
-            average.lerp_(master, 1 - self._decay)
+            average.lerp_(master, weight)
+
+
+class Skips:
+    """Counts steps that changed nothing, in all and in a row, on the device: nothing waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._total = torch.zeros((), dtype=torch.int64, device=device)
+        self._row = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, skipped: Tensor) -> None:
+        """Count one step; skipped: fp32 scalar on the device, 1 or 0."""
+        self._total += skipped.long()
+        self._row = (self._row + 1) * skipped.long()
+
+    def get(self) -> tuple[int, int]:
+        """In all, and in a row up to now; waits for the device."""
+        total, row = torch.stack([self._total, self._row]).tolist()
+        return total, row
+
+    def set(self, total: int, row: int) -> None:
+        self._total.fill_(total)
+        self._row.fill_(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ from trainer.engine import Engine
 from trainer.errors import UserError
 from trainer.world import World
 
+FACTORS = {"infinite": torch.inf, "huge": 1e25}  # poisons of the gradient
+
 
 def make_engine(world: World, **settings: Any) -> Engine:
     """An engine of the toy, its parameters of 15 elements and more really sharded under ZeRO-3."""
@@ -31,20 +34,39 @@ def make_engine(world: World, **settings: Any) -> Engine:
     config.optimizer.clip_norm = settings.get("clip_norm", 0.0)
     config.optimizer.weight_decay = settings.get("weight_decay", 0.0)
     config.ema.decay = settings.get("decay", 0.0)
+    if config.train.precision is Precision.fp16:
+        allow_fp16_on_the_cpu()
     trainer.engine.PERSISTENT_NUMEL = 15
     trainer.partition.GATHER_NUMEL = 7
     return Engine(toy.make_model(settings.get("seed", 0)), config, world)
 
 
-def train_steps(engine: Engine, world: World, begin: int, end: int) -> dict[str, list[float]]:
-    """Global losses and gradient norms of the steps [begin, end)."""
+def allow_fp16_on_the_cpu() -> None:
+    """Engine and DeepSpeed refuse it, as too slow or rounded otherwise; for a toy torch's CPU kernels will do."""
+    from deepspeed.accelerator import get_accelerator  # not before the world has chosen the accelerator
+
+    trainer.engine.check_engine = lambda config, device_type: None
+    get_accelerator().is_fp16_supported = lambda: True
+
+
+def train_steps(engine: Engine, world: World, begin: int, end: int, poison: str = "") -> dict[str, list[float]]:
+    """Global losses and gradient norms of the steps [begin, end).
+
+    With a poison, the first micro-batch of the last rank is spoilt in each of them: `loss` makes its loss NaN and
+    leaves the gradient finite, `infinite` its gradient infinite, `huge` too large to be squared in fp32.
+    """
     losses, norms = list[float](), list[float]()
     for step in range(begin, end):
         engine.set_lr(toy.learning_rate(step))
         parts = [part.chunk(engine.accumulation) for part in toy.batch(step, world.rank, world.size)]
         local = torch.zeros(())
-        for x, t, label, target in zip(*parts, strict=True):
-            loss = (engine.model(x.to(engine.dtype), t, label).float() - target).pow(2).mean()
+        for number, (x, t, label, target) in enumerate(zip(*parts, strict=True)):
+            output = engine.model(x.to(engine.dtype), t, label).float()
+            loss = (output - target).pow(2).mean()
+            if number == 0 and world.rank == world.size - 1:
+                if poison in FACTORS:
+                    output.register_hook(lambda gradient: gradient * FACTORS[poison])
+                loss = loss + (torch.nan if poison == "loss" else 0.0)
             engine.backward(loss)
             local += loss.detach() / engine.accumulation
         engine.step()
@@ -68,6 +90,7 @@ def train(world: World, steps: int, reset_at: int | None = None, **settings: Any
     rest = train_steps(engine, world, middle, steps)
     result = {name: values + rest[name] for name, values in result.items()}
     ending = {"weights": plain(engine.weights(ema=False)), "ema": plain(engine.weights(ema=True))}
+    ending["skips"] = engine.skips()
     engine.close()
     return result | ending
 
@@ -77,9 +100,9 @@ def save(world: World, directory: str, steps: int, **settings: Any) -> dict[str,
     engine = make_engine(world, **settings)
     train_steps(engine, world, 0, steps)
     engine.save(Path(directory), {"seen_images": steps * toy.GLOBAL_BATCH})
-    weights = plain(engine.weights(ema=False))
+    result = {"weights": plain(engine.weights(ema=False)), "skips": engine.skips()}
     engine.close()
-    return {"weights": weights}
+    return result
 
 
 def resume(world: World, directory: str, begin: int, end: int, **settings: Any) -> dict[str, Any]:
@@ -91,6 +114,7 @@ def resume(world: World, directory: str, begin: int, end: int, **settings: Any) 
     output = engine.model(parts[0].to(engine.dtype), parts[1], parts[2]).float()
     result = train_steps(engine, world, begin, end)
     result |= {"weights": plain(engine.weights(ema=False)), "ema": plain(engine.weights(ema=True))}
+    result["skips"] = engine.skips()
     engine.close()
     return result | {"extra": extra, "loaded": loaded, "output": output.flatten().tolist()}
 
@@ -100,6 +124,36 @@ def resave(world: World, source: str, target: str, **settings: Any) -> None:
     engine = make_engine(world, seed=1, **settings)
     engine.save(Path(target), engine.load(Path(source)))
     engine.close()
+
+
+def survive(world: World, poison: str, times: int, **settings: Any) -> dict[str, Any]:
+    """Six steps, with `times` spoilt ones in the middle; what was skipped, before, after and at the end."""
+    engine = make_engine(world, **settings)
+    train_steps(engine, world, 0, 3)
+    skips = [engine.skips()]
+    for _ in range(times):
+        assert not math.isfinite(train_steps(engine, world, 2, 3, poison)["norms"][0])
+    skips.append(engine.skips())
+    train_steps(engine, world, 3, 6)
+    skips.append(engine.skips())
+    result = {"weights": plain(engine.weights(ema=False)), "ema": plain(engine.weights(ema=True)), "skips": skips}
+    engine.close()
+    return result
+
+
+def loss_scales(world: World, schedule: str, **settings: Any) -> dict[str, Any]:
+    """fp16 loss scale after each step of a schedule, from 1024, doubled after two good steps: `.` good, `x` spoilt."""
+    engine = make_engine(world, precision="fp16", **settings)
+    scaler = engine._engine.optimizer.loss_scaler
+    scaler.cur_scale, scaler.min_scale, scaler.scale_window = 1024.0, 256.0, 2
+    scaler.delayed_shift = scaler.cur_hysteresis = 1
+    scales = list[float]()
+    for step, kind in enumerate(schedule):
+        train_steps(engine, world, step, step + 1, poison="loss" if kind == "x" else "")
+        scales.append(scaler.cur_scale)
+    result = {"scales": scales, "skips": engine.skips()}
+    engine.close()
+    return result
 
 
 def two_terms(world: World, steps: int, **settings: Any) -> list[float]:

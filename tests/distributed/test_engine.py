@@ -129,3 +129,33 @@ def test_adamw_decays_every_weight(pools: Pools, stage: int) -> None:
         adamw.step()
     found = pools[2].run("train", steps=3, stage=stage, optimizer="adamw", weight_decay=0.3)[0]
     assert_weights(found["weights"], {name: weight.flatten() for name, weight in model.state_dict().items()})
+
+
+POISONED = [
+    ("loss", 1, 0),
+    ("infinite", 2, 0),
+    ("huge", 1, 0),
+    ("loss", 3, 2),  # in the first of two micro-batches
+]
+
+
+@pytest.mark.parametrize(("poison", "times", "micro_batch"), POISONED)
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), *((s, p) for s in (1, 2, 3) for p in ("fp32", "bf16"))])
+def test_a_step_that_is_not_finite_changes_nothing(
+    pools: Pools, stage: int, precision: str, poison: str, times: int, micro_batch: int
+) -> None:
+    """Weights, moments, their step count and EMA: the run goes on as if there had been no such step, to the bit."""
+    settings = {"stage": stage, "precision": precision, "micro_batch": micro_batch, "decay": 0.7, "clip_norm": 0.5}
+    clean = pools[2].run("train", steps=6, **settings)[0]
+    for found in pools[2].run("survive", poison=poison, times=times, **settings):
+        assert found["skips"] == [[0, 0], [times, times], [times, 0]]
+        assert found["weights"] == clean["weights"]
+        assert found["ema"] == clean["ema"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_loss_scale_of_fp16_halves_and_recovers(pools: Pools, stage: int) -> None:
+    """And stays at its smallest instead of ending the run."""
+    for found in pools[2].run("loss_scales", schedule="xxxx...x....", stage=stage):
+        assert found["scales"] == [512, 256, 256, 256, 256, 256, 512, 256, 256, 256, 512, 512]
+        assert found["skips"] == [5, 0]
