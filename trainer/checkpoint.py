@@ -3,7 +3,8 @@
     <directory>/weights.safetensors  exp_avg.safetensors  exp_avg_sq.safetensors  [ema.safetensors]  state.json
 
 Written beside its place under a temporary name, synced to the disk and renamed, so a directory of the final name is
-whole. Nothing is pickled.
+whole. state.json keeps size and crc32 of each file, and a crc32 of what it says itself: what has changed on the disk
+since is found. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,85 +26,137 @@ from torch import Tensor
 from trainer.data.shards import fsync_directory
 from trainer.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.json"
+SUFFIX = ".safetensors"
+CHUNK_BYTES = 1 << 22
+
+Pieces = dict[str, dict[str, Tensor]]  # tensors by name, by the file that keeps them
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is no longer what was written; another one may be sound."""
 
 
 class CheckpointWriter:
-    """Writes one checkpoint piece by piece and publishes it whole.
+    """Writes checkpoints in a thread of its own, one at a time.
 
-    A failure (no disk) is kept in `.failure` instead of raised, so that the rank that writes keeps up with the
-    collectives of the others; nothing is published then.
+    A failure (no disk) is kept and raised by the next `published` or `finish`; nothing is published then.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.failure: str | None = None
-        self._directory = directory
-        self._staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-        self._attempt(self._prepare)
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+        self._published: list[Path] = []
+        self._failure: UserError | None = None
 
-    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Add `<name>.safetensors`; tensors on the CPU, contiguous."""
-        path = self._staging / f"{name}.safetensors"
-        self._attempt(lambda: save_file(dict(tensors), path))
+    def submit(self, directory: Path, pieces: Pieces, state: Mapping[str, Any]) -> None:
+        """Begin to write a checkpoint once the one before is written.
 
-    def publish(self, state: Mapping[str, Any]) -> None:
-        """Add the state and give the directory its name, in place of an older one of that name."""
-        text = json.dumps({"format": FORMAT, **state}, indent=1)
-        self._attempt(lambda: self._publish(text))
-        if self.failure is not None:
-            shutil.rmtree(self._staging, ignore_errors=True)
+        Args:
+            pieces: contiguous tensors on the CPU; given away, and taken out of the dict to be freed once written.
+            state: what JSON can keep, serialised before this returns.
+        """
+        self.wait()
+        self._writing = self._thread.submit(write_checkpoint, directory, pieces, _as_json(state))
 
-    def _attempt(self, action: Callable[[], Any]) -> None:
-        if self.failure is not None:
-            return
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._writing is not None:
+            wait([self._writing])
+            self._note()
+
+    def published(self) -> list[Path]:
+        """Directories published since the last call. Raises UserError, once, when one could not be written."""
+        if self._writing is not None and self._writing.done():
+            self._note()
+        self._complain()
+        published, self._published = self._published, []
+        return published
+
+    def finish(self) -> None:
+        """Wait for what is being written. Raises as `published` does."""
+        self.wait()
+        self._complain()
+
+    def close(self) -> None:
+        """Finish what is being written and end the thread."""
+        self._thread.shutdown(wait=True)
+
+    def _note(self) -> None:
+        assert self._writing is not None
+        written, self._writing = self._writing, None
         try:
-            action()
-        except (OSError, SafetensorError) as error:
-            self.failure = f"{self._directory}: the checkpoint could not be written ({error})"
+            self._published.append(written.result())
+        except UserError as error:
+            self._failure = error
 
-    def _prepare(self) -> None:
-        shutil.rmtree(self._staging, ignore_errors=True)
-        self._staging.mkdir(parents=True)
+    def _complain(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
-    def _publish(self, text: str) -> None:
-        (self._staging / STATE).write_text(text)
-        for path in (*self._staging.iterdir(), self._staging):
-            fsync_directory(path)
-        old = self._staging.with_suffix(".old")
-        if self._directory.exists():
-            self._directory.rename(old)
-        self._staging.rename(self._directory)
-        fsync_directory(self._directory.parent)
-        shutil.rmtree(old, ignore_errors=True)
+
+def write_checkpoint(directory: Path, pieces: Pieces, state: Mapping[str, Any]) -> Path:
+    """Write a checkpoint and give it its name, in place of an older one of that name; gives back the directory.
+
+    Args: pieces: as `CheckpointWriter.submit` takes them.
+
+    Raises:
+        UserError: it could not be written; nothing is left of it.
+    """
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        files = {name: _write_piece(staging / f"{name}{SUFFIX}", pieces.pop(name)) for name in list(pieces)}
+        content: dict[str, Any] = {"format": FORMAT, "files": files, **state}
+        (staging / STATE).write_text(json.dumps(content | {"check": _check(content)}, indent=1))
+        _publish(staging, directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(f"{directory}: the checkpoint could not be written ({error})") from None
+    return directory
 
 
 class CheckpointReader:
     """Reads a checkpoint tensor by tensor.
 
     Raises:
-        UserError: one line naming the file that is missing, damaged or of another model.
+        DamagedCheckpoint: one line naming the file that is missing or no longer what was written.
+        UserError: one line naming the file that cannot be read, or is of another format or model.
     """
 
     def __init__(self, directory: Path) -> None:
+        """Reads the state alone; `verify` reads everything."""
         self._directory = directory
-        path = directory / STATE
-        try:
-            state = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: unreadable checkpoint ({error})") from None
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise UserError(f"{path}: not a checkpoint of format {FORMAT}")
-        self.state: dict[str, Any] = state
+        self.state = _read_state(directory / STATE)
+        self._files: dict[str, dict[str, int]] = self.state["files"]
+
+    def verify(self) -> None:
+        """Compare size and crc32 of each file with what was written."""
+        for name, written in self._files.items():
+            path = self._path(name)
+            try:
+                found = _fingerprint(path)
+            except OSError as error:
+                raise _unreadable(path, error) from None
+            if found != written:
+                raise DamagedCheckpoint(
+                    f"{path}: damaged checkpoint ({found['bytes']} bytes with crc32 {found['crc32']:08x}, written were "
+                    f"{written['bytes']} with {written['crc32']:08x})"
+                )
 
     def check(self, name: str, shapes: Mapping[str, torch.Size]) -> None:
         """Refuse a missing or damaged `<name>.safetensors`, and one with other tensors than these."""
         path = self._path(name)
+        if name not in self._files:
+            raise UserError(f"{path}: not in this checkpoint")
         try:
             with safe_open(path, framework="pt") as file:
                 found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: unreadable checkpoint ({error})") from None
+            raise _unreadable(path, error) from None
         expected = {key: tuple(shape) for key, shape in shapes.items()}
         for key in sorted(found.keys() | expected.keys()):
             if found.get(key) != expected.get(key):
@@ -113,4 +168,74 @@ class CheckpointReader:
             use(file.get_tensor)
 
     def _path(self, name: str) -> Path:
-        return self._directory / f"{name}.safetensors"
+        return self._directory / f"{name}{SUFFIX}"
+
+
+def _write_piece(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Write one file to the disk; its fingerprint."""
+    save_file(tensors, path)
+    tensors.clear()
+    fsync_directory(path)
+    return _fingerprint(path)
+
+
+def _publish(staging: Path, directory: Path) -> None:
+    for path in (staging / STATE, staging):
+        fsync_directory(path)
+    old = staging.with_suffix(".old")
+    if directory.exists():
+        directory.rename(old)
+    staging.rename(directory)
+    fsync_directory(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    """Size and crc32 of a file. Raises OSError."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return {"bytes": size, "crc32": crc}
+
+
+def _as_json(value: Any) -> Any:
+    """The value as JSON gives it back: a copy that shares nothing with the original."""
+    return json.loads(json.dumps(value))
+
+
+def _check(content: Mapping[str, Any]) -> int:
+    """crc32 of a state, whatever its layout in the file."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, error) from None
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(f"{path}: damaged checkpoint (not a JSON object)")
+    check = state.pop("check", None)
+    if state.get("format") != FORMAT and check in (None, _check(state)):
+        raise UserError(f"{path}: not a checkpoint of format {FORMAT}")
+    if check != _check(state) or not _lists_files(state.get("files")):
+        raise DamagedCheckpoint(f"{path}: damaged checkpoint (its content is not what was written)")
+    return state
+
+
+def _lists_files(files: Any) -> bool:
+    """Whether this is {name: {"bytes", "crc32"}}, no name leading out of the directory."""
+    return isinstance(files, dict) and all(
+        name.isidentifier()
+        and isinstance(entry, dict)
+        and entry.keys() == {"bytes", "crc32"}
+        and all(isinstance(value, int) for value in entry.values())
+        for name, entry in files.items()
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    """Damage, unless it is only that reading is not allowed."""
+    kind = UserError if isinstance(error, PermissionError) else DamagedCheckpoint
+    return kind(f"{path}: unreadable checkpoint ({error})")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint import CheckpointReader, CheckpointWriter
+from trainer.checkpoint import STATE, CheckpointReader, CheckpointWriter
 from trainer.config import Config, OptimizerConfig, OptimizerName, Precision
-from trainer.errors import ConfigError, UserError
+from trainer.errors import ConfigError, ToldElsewhere, UserError
 from trainer.moments import MOMENTS, AdamMoments, Ema, Skips
 from trainer.partition import FlatPartition, Partition, ShardedPartition, WholePartition
 from trainer.settings import check_engine
@@ -58,6 +58,7 @@ class Engine:
         self.dtype = DTYPES[config.train.precision]
         self.grad_norm: Tensor | None = None
         self._world = world
+        self._writer = CheckpointWriter() if world.is_main else None
         self._stage = config.zero.stage
         self._clip_norm = config.optimizer.clip_norm
         self._micro_steps = 0
@@ -128,31 +129,49 @@ class Engine:
         return self._weights(ema, everywhere=True)
 
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
-        """Write a checkpoint, whole or not at all; collective, and there for every rank when it returns.
+        """Gather a checkpoint and have it written, whole or not at all, while training goes on; collective.
 
-        Args: extra: what JSON can keep, given back by `load`.
+        Waits for the write of the one before. Until it is written, the main rank's host memory holds all of it.
 
-        Raises:
-            UserError: on every rank, when it could not be written.
+        Args: extra: what JSON can keep, as it is now; given back by `load`.
         """
         assert self._micro_steps == 0, "between two steps only"
-        writer = CheckpointWriter(Path(directory)) if self._world.is_main else None
-        for name in self._pieces():
-            tensors = self._gather_piece(name)
-            if writer is not None:
-                writer.write(name, tensors)
-        steps = self._moments.steps()
-        if writer is not None:
-            state = {"steps": steps, "skips": self.skips(), "loss_scale": self._loss_scale()}
-            writer.publish(state | {"extra": dict(extra)})
-        if self._world.any(writer is not None and writer.failure is not None):
-            raise UserError(writer.failure if writer and writer.failure else f"{directory}: the main rank failed")
+        if self._writer is not None:
+            self._writer.wait()  # before gathering: never two in memory
+        pieces = {name: self._gather_piece(name) for name in self._pieces()}
+        state = {"steps": self._moments.steps(), "skips": self.skips(), "loss_scale": self._loss_scale()}
+        if self._writer is not None:
+            self._writer.submit(Path(directory), pieces, state | {"extra": dict(extra)})
+
+    def published(self) -> list[Path]:
+        """Checkpoints published since the last call, on the main rank; none on the others. Not collective.
+
+        Raises:
+            UserError: on the main rank, once, when one could not be written.
+        """
+        return self._writer.published() if self._writer is not None else []
+
+    def flush(self) -> None:
+        """Wait until every checkpoint is published; collective, and there for every rank when it returns.
+
+        Raises:
+            UserError: on every rank, when one could not be written.
+        """
+        failure: UserError | None = None
+        try:
+            if self._writer is not None:
+                self._writer.finish()
+        except UserError as error:
+            failure = error
+        if self._world.any(failure is not None):
+            raise failure or ToldElsewhere("the main rank could not write a checkpoint")
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Go on from a checkpoint of the same model, of any ZeRO stage and number of ranks; gives back its `extra`.
 
         Raises:
-            UserError: on every rank, before anything is changed, naming what is missing or damaged.
+            UserError: on every rank, before anything is changed; on those that see it, naming what is missing or
+                damaged.
         """
         failure: UserError | None = None
         reader: CheckpointReader | None = None
@@ -161,7 +180,7 @@ class Engine:
         except UserError as error:
             failure = error
         if self._world.any(failure is not None) or reader is None:
-            raise failure or UserError(f"{directory}: another rank could not read the checkpoint")
+            raise failure or ToldElsewhere(f"{directory}: another rank could not read the checkpoint")
         buffers = _buffers(self._engine.module)
         reader.read("weights", lambda read: _fill(buffers, read))
         for name, values in self._pieces().items():
@@ -173,7 +192,12 @@ class Engine:
         return reader.state["extra"]
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the model and free what it holds; the engine is of no use afterwards."""
+        """Finish what is being written, take DeepSpeed's hooks off the model and free what it holds.
+
+        The engine is of no use afterwards. Whether the write went well, `flush` says.
+        """
+        if self._writer is not None:
+            self._writer.close()
         self._engine.destroy()
 
     # --- parts of a checkpoint ------------------------------------------------------------------------------------
@@ -199,13 +223,15 @@ class Engine:
     def _open(self, directory: Path) -> CheckpointReader:
         """The reader of a checkpoint that has all that this engine needs."""
         reader = CheckpointReader(directory)
+        if self._world.is_main:  # one look at every byte is enough
+            reader.verify()
         shapes = self._partition.shapes
         buffers = {name: buffer.shape for name, buffer in _buffers(self._engine.module).items()}
         for name in self._pieces():
             reader.check(name, shapes | buffers if name == "weights" else shapes)
         missing = {"steps", "skips", "loss_scale", "extra"} - reader.state.keys()
         if missing:
-            raise UserError(f"{directory}/state.json: holds no {sorted(missing)[0]}")
+            raise UserError(f"{directory / STATE}: holds no {sorted(missing)[0]}")
         return reader
 
     def _loss_scale(self) -> dict[str, float] | None:

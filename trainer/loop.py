@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -25,7 +26,7 @@ from trainer.meter import Meter
 from trainer.methods import Rehearsal, build_method
 from trainer.models.pipeline import export_pipeline
 from trainer.models.teacher import CARD_NAME, read_card, save_teacher
-from trainer.position import Position, checkpoint_path, newest_checkpoint, prune_checkpoints
+from trainer.position import Position, checkpoint_path, prune_checkpoints, sound_checkpoint
 from trainer.rehearsal import BufferSource
 from trainer.replay.pool import discard
 from trainer.replay.request import ReplayRequest, make_request, write_request
@@ -75,8 +76,11 @@ class Trainer:
         return self.judge.finish(self.cost())
 
     def restore(self) -> None:
-        """Continue from the newest checkpoint, where there is one."""
-        task, step = newest_checkpoint(self.run, len(self.tasks)) if self.world.is_main else (0, 0)
+        """Continue from the newest checkpoint that is sound, where there is one."""
+        found = self.world.on_main(lambda: sound_checkpoint(self.run, len(self.tasks)))
+        task, step, complaints = found or (0, 0, list[str]())
+        for complaint in complaints:
+            print(complaint, file=sys.stderr, flush=True)
         # The main rank's word counts: a network file system may show the others an older directory.
         task, step = self.world.broadcast_int(task), self.world.broadcast_int(step)
         if task:
@@ -170,8 +174,9 @@ class Trainer:
         if replay is not None:
             position.replay[str(task)] = replay.stats()
         self.engine.save(checkpoint_path(self.run, task, position.step), position.as_extra())
+        self.engine.flush()
         if self.world.is_main:
-            prune_checkpoints(self.run, task, self.config.checkpoint.keep, self.steps)
+            prune_checkpoints(self.run, task, self.config.checkpoint.keep)
         if replay is not None:
             replay.release(position.step)
 

@@ -57,12 +57,9 @@ class Partition(ABC):
         wanted = everywhere or self.world.is_main
         full = {name: torch.empty(shape) for name, shape in self.shapes.items()} if wanted else {}
         for flat, local in enumerate(values):
-            rows = self._gather_rows(local, wanted)
-            for rank, row in enumerate(rows):
-                for fragment in self.fragments(rank):
-                    if fragment.flat == flat:
-                        target = full[fragment.name].view(-1).narrow(0, fragment.offset, fragment.count)
-                        target.copy_(row.narrow(0, fragment.start, fragment.count))
+            for begin, rows in self._gather_rows(local):
+                if wanted:
+                    self._copy_rows(full, flat, begin, rows)
         return full
 
     def scatter(self, full: Callable[[str], Tensor], values: list[Tensor]) -> None:
@@ -72,16 +69,22 @@ class Partition(ABC):
                 source = full(fragment.name).reshape(-1).narrow(0, fragment.offset, fragment.count)
                 values[fragment.flat].view(-1).narrow(0, fragment.start, fragment.count).copy_(source)
 
-    def _gather_rows(self, local: Tensor, wanted: bool) -> list[Tensor]:
-        """The flat tensors of all ranks on the CPU, where wanted; in pieces, so that devices need little room."""
-        flat, size = local.detach().view(-1), self.world.size
-        rows = torch.empty(size, flat.numel()) if wanted else torch.empty(size, 0)
+    def _gather_rows(self, local: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The flat tensors of all ranks, (ranks, n) from the same element on: in pieces, devices have little room."""
+        flat = local.detach().view(-1)
         for begin in range(0, flat.numel(), GATHER_NUMEL):
-            piece = flat[begin : begin + GATHER_NUMEL]
-            gathered = self.world.all_gather(piece).view(size, -1)
-            if wanted:
-                rows[:, begin : begin + piece.numel()].copy_(gathered)
-        return list(rows) if wanted else []
+            yield begin, self.world.all_gather(flat[begin : begin + GATHER_NUMEL]).view(self.world.size, -1)
+
+    def _copy_rows(self, full: dict[str, Tensor], flat: int, begin: int, rows: Tensor) -> None:
+        """Put elements from `begin` on of masters[flat], of every rank (ranks, n), where they belong."""
+        for rank, row in enumerate(rows):
+            for fragment in self.fragments(rank):
+                first = max(begin, fragment.start)
+                last = min(begin + row.numel(), fragment.start + fragment.count)
+                if fragment.flat == flat and first < last:
+                    offset = fragment.offset + first - fragment.start
+                    target = full[fragment.name].view(-1).narrow(0, offset, last - first)
+                    target.copy_(row.narrow(0, first - begin, last - first))
 
 
 class WholePartition(Partition):
@@ -98,8 +101,14 @@ class WholePartition(Partition):
     def publish(self) -> None:
         """The masters are the model."""
 
-    def _gather_rows(self, local: Tensor, wanted: bool) -> list[Tensor]:
-        return [local.detach().view(-1)] if wanted else []
+    def gather(self, values: list[Tensor], everywhere: bool) -> dict[str, Tensor]:
+        """As of every partition, without a collective."""
+        if not (everywhere or self.world.is_main):
+            return {}
+        full = {name: torch.empty(shape) for name, shape in self.shapes.items()}
+        for target, value in zip(full.values(), values, strict=True):
+            target.copy_(value.detach())
+        return full
 
 
 class FlatPartition(Partition):

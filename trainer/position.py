@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint import CheckpointReader, DamagedCheckpoint
+from trainer.errors import UserError
 from trainer.run import RunDir
 
 STEP_PREFIX = "step-"
+DAMAGED_PREFIX = "damaged-"
 
 
 def no_cost() -> dict[str, float]:
@@ -37,7 +41,9 @@ class Position:
 
     @classmethod
     def from_extra(cls, extra: dict[str, Any]) -> Position:
-        """The inverse of `as_extra`."""
+        """The inverse of `as_extra`. Raises UserError for what another version of this program kept."""
+        if extra.keys() != cls.__dataclass_fields__.keys():
+            raise UserError("the checkpoint was written by another version of this program; take another run.name")
         return cls(**extra)
 
 
@@ -46,18 +52,68 @@ def checkpoint_path(run: RunDir, task: int, step: int) -> Path:
     return run.checkpoints(task) / f"{STEP_PREFIX}{step:08d}"
 
 
-def newest_checkpoint(run: RunDir, tasks: int) -> tuple[int, int]:
-    """Task and step of the latest published checkpoint of the latest task that has one; (0, 0) where none is."""
+def checkpoints(run: RunDir, tasks: int) -> list[tuple[int, int]]:
+    """Task and step of every published checkpoint, newest first."""
+    found = list[tuple[int, int]]()
     for task in range(tasks, 0, -1):
-        found = sorted(run.checkpoints(task).glob(f"{STEP_PREFIX}*"))
-        if found:
-            return task, int(found[-1].name.removeprefix(STEP_PREFIX))
-    return 0, 0
+        found += [(task, step) for step in reversed(_steps(run, task))]
+    return found
 
 
-def prune_checkpoints(run: RunDir, task: int, keep: int, last_step: int) -> None:
-    """Delete what the policy does not keep: all but the newest `keep` of a task, of a finished one all but its last."""
-    found = sorted(run.checkpoints(task).glob(f"{STEP_PREFIX}*"))
-    done = bool(found) and found[-1] == checkpoint_path(run, task, last_step)
-    for path in found[: -1 if done else -keep]:
-        shutil.rmtree(path)
+def sound_checkpoint(run: RunDir, tasks: int) -> tuple[int, int, list[str]]:
+    """Task and step of the newest checkpoint that is what was written, after a look at every byte of it.
+
+    (0, 0) where there is none. With it, one line for each newer one that is damaged; those are set aside (see
+    `set_aside`), so that the run goes on from the one before and they are not chosen again.
+
+    Raises:
+        UserError: a checkpoint that cannot be read, or is of another format, without being damaged.
+    """
+    complaints = list[str]()
+    for task, step in checkpoints(run, tasks):
+        path = checkpoint_path(run, task, step)
+        try:
+            CheckpointReader(path).verify()
+        except DamagedCheckpoint as damage:
+            complaints.append(f"{damage}; set aside as {set_aside(path).name}")
+            continue
+        return task, step, complaints
+    return 0, 0, complaints
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint to `damaged-step-<s>`: to be looked at until the run has come as far again."""
+    aside = path.with_name(f"{DAMAGED_PREFIX}{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return path.rename(aside)
+
+
+def prune_checkpoints(run: RunDir, task: int, keep: int) -> None:
+    """Delete what the policy does not keep while `task` runs: all but its newest `keep`, of earlier tasks the last.
+
+    So with `keep` of 2 or more there are two to fall back on from the second checkpoint of a run on.
+    """
+    for earlier in range(1, task):
+        _keep_newest(run, earlier, 1)
+    _keep_newest(run, task, keep)
+
+
+def _keep_newest(run: RunDir, task: int, keep: int) -> None:
+    steps = _steps(run, task)
+    for step in steps[:-keep]:
+        _delete(checkpoint_path(run, task, step))
+    for path in run.checkpoints(task).glob(f"{DAMAGED_PREFIX}{STEP_PREFIX}*"):
+        if steps and path.name.removeprefix(DAMAGED_PREFIX) <= checkpoint_path(run, task, steps[-1]).name:
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Under a name that a new start sweeps away, so that a half-deleted directory is never taken for a whole one."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.{os.getpid()}.old")))
+
+
+def _steps(run: RunDir, task: int) -> list[int]:
+    """Steps of a task's published checkpoints, ascending."""
+    names = [path.name.removeprefix(STEP_PREFIX) for path in run.checkpoints(task).glob(f"{STEP_PREFIX}*")]
+    return sorted(int(name) for name in names if name.isdecimal())

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import math
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import trainer.engine
@@ -100,9 +103,30 @@ def save(world: World, directory: str, steps: int, **settings: Any) -> dict[str,
     engine = make_engine(world, **settings)
     train_steps(engine, world, 0, steps)
     engine.save(Path(directory), {"seen_images": steps * toy.GLOBAL_BATCH})
+    engine.flush()
     result = {"weights": plain(engine.weights(ema=False)), "skips": engine.skips()}
     engine.close()
     return result
+
+
+def save_and_go_on(world: World, directories: list[str], steps: int, **settings: Any) -> dict[str, Any]:
+    """Save and train on without waiting, once for each directory; the first write is held up until training went on."""
+    engine = make_engine(world, **settings)
+    train_steps(engine, world, 0, steps)
+    may_write, extra = threading.Event(), {"steps": [steps]}
+    with mock.patch("trainer.checkpoint.save_file", lambda *args: may_write.wait() and save_file(*args)):
+        engine.save(Path(directories[0]), extra)
+        extra["steps"].append(-1)
+        train_steps(engine, world, steps, steps + 2)
+        early = engine.published()
+        may_write.set()
+        for directory in directories[1:]:
+            engine.save(Path(directory), {"steps": [steps]})
+        engine.flush()
+    published = [str(path) for path in engine.published()]
+    engine.close()
+    threads = sum(thread.name.startswith("checkpoint") for thread in threading.enumerate())
+    return {"early": early, "published": published, "threads": threads}
 
 
 def resume(world: World, directory: str, begin: int, end: int, **settings: Any) -> dict[str, Any]:
@@ -123,6 +147,7 @@ def resave(world: World, source: str, target: str, **settings: Any) -> None:
     """Load a checkpoint and write it again, as this world and stage keep it."""
     engine = make_engine(world, seed=1, **settings)
     engine.save(Path(target), engine.load(Path(source)))
+    engine.flush()
     engine.close()
 
 
@@ -236,8 +261,9 @@ def unwritable(world: World, directory: str) -> str:
     """The message with which saving is refused."""
     engine = make_engine(world)
     train_steps(engine, world, 0, 1)
+    engine.save(Path(directory), {})
     try:
-        engine.save(Path(directory), {})
+        engine.flush()
     except UserError as error:
         return str(error)
     raise AssertionError("nothing was refused")

@@ -94,13 +94,38 @@ def test_a_checkpoint_replaces_an_older_one(pools: Pools, tmp_path: Path) -> Non
 
 
 def test_damaged_checkpoints_are_refused_on_every_rank(pools: Pools, tmp_path: Path) -> None:
+    """The main rank looks at every byte and names the file."""
     directory = tmp_path / "checkpoint"
     pools[2].run("save", directory=str(directory), steps=1)
-    (directory / "exp_avg.safetensors").write_bytes((directory / "exp_avg.safetensors").read_bytes()[:-8])
+    path = directory / "exp_avg.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    messages = pools[2].run("refused", directory=str(directory))
+    assert "exp_avg.safetensors: damaged checkpoint" in messages[0]
+    assert "another rank" in messages[1]
+    path.write_bytes(content[:-8])
     for message in pools[2].run("refused", directory=str(directory)):
-        assert "exp_avg.safetensors: unreadable checkpoint" in message
+        assert "exp_avg.safetensors: " in message
     for message in pools[2].run("refused", directory=str(tmp_path / "nothing")):
         assert "nothing/state.json: unreadable checkpoint" in message
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(pools: Pools, tmp_path: Path) -> None:
+    """What is written is the state at the time of the save, in weights and in `extra`; saves keep their order."""
+    expected, places = tmp_path / "expected", [tmp_path / name for name in ("first", "second")]
+    pools[2].run("save", directory=str(expected), steps=2, **SETTINGS)
+    main, other = pools[2].run("save_and_go_on", directories=[str(place) for place in places], steps=2, **SETTINGS)
+    assert main["early"] == []
+    assert main["published"] == [str(place) for place in places]
+    assert other["published"] == []
+    assert main["threads"] == other["threads"] == 0
+    for name in ("weights", "exp_avg", "exp_avg_sq", "ema"):
+        old, new = (load_file(place / f"{name}.safetensors") for place in (expected, places[0]))
+        assert all(torch.equal(old[key], new[key]) for key in old), name
+        later = load_file(places[1] / f"{name}.safetensors")
+        assert not any(torch.equal(old[key], later[key]) for key in old if key != "scale"), name
+    assert [json.loads((place / "state.json").read_text())["extra"] for place in places] == [{"steps": [2]}] * 2
 
 
 def test_a_checkpoint_that_cannot_be_written_fails_on_every_rank(pools: Pools, tmp_path: Path) -> None:
