@@ -92,6 +92,10 @@ class RunDir:
         """Output of sampler `worker` in one attempt."""
         return self.log(attempt) / f"teacher-{worker}.log"
 
+    def hand_log(self, worker: int) -> Path:
+        """Output of sampler `worker` when it is started by hand: it belongs to no attempt."""
+        return self.root / "samplers" / f"teacher-{worker}.log"
+
     def events(self, who: str) -> Path:
         """Faults and interventions that one process (`trainer`, `sampler-0`, `supervisor-0`) has noted."""
         return self.root / "events" / f"{who}.jsonl"

@@ -118,6 +118,7 @@ def teach(config: Config, run: RunDir, role: Role, cuda: bool) -> int:
         device=device,
         threads=config.replay.threads,
         restarts=config.replay.restarts,
+        hang_timeout=config.replay.hang_timeout,
     )
     return 0
 
@@ -134,6 +135,7 @@ def supervisors(config: Config, run: RunDir, world: World, attempt: int) -> list
             device=sidecar_device(config, world, worker),
             threads=config.replay.threads,
             restarts=config.replay.restarts,
+            hang_timeout=config.replay.hang_timeout,
             attempt=attempt,
         )
         for worker in range(config.replay.workers)

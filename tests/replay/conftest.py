@@ -71,7 +71,7 @@ class Workplace:
         return request
 
     def sampler(self, worker: int = 0, workers: int = 1) -> Sampler:
-        return Sampler(self.run, worker, workers, torch.device("cpu"), supervised=True)
+        return Sampler(self.run, worker, workers, torch.device("cpu"))
 
     def fill(self, shards: int = 1 << 30) -> int:
         """Make up to so many shards in this process; how many."""

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import webdataset
 
 from trainer.config import Points
 from trainer.errors import UserError
-from trainer.replay import sidecar
+from trainer.replay import lock, sidecar
 from trainer.replay.decode import Corrupt, decode, shard_name
-from trainer.replay.manifest import Manifest, append_line
+from trainer.replay.events import count_events
+from trainer.replay.lock import refuse, worker_lock
+from trainer.replay.manifest import Manifest, append_line, seal, unseal
 from trainer.replay.pool import PoolReader, discard
-from trainer.replay.sidecar import pool_window, worker_lock
 from trainer.replay.state import read_json, write_json
 
 
@@ -67,7 +69,7 @@ def test_a_manifest_line_says_what_was_made(workplace: Any) -> None:
     line = manifest.shards[3]
     assert (line.count, line.points, line.evaluations, line.worker) == (6, 18, 42, 0)
     assert line.teacher_id == workplace.card.teacher_id and line.bytes == len(workplace.files()[line.name])
-    assert line.sampler["steps"] == 4 and line.sampler["sampler_batch"] == 4
+    assert line.sampler["steps"] == 4 and line.sampler["sampler_batch"] == line.micro_batch == 4
     assert manifest.evaluations == 9 * 42
 
 
@@ -87,6 +89,7 @@ def test_a_torn_last_line_is_not_read_and_swallows_nothing(workplace: Any) -> No
 def test_a_corrupt_shard_is_named_counted_and_made_again_identically(workplace: Any, damage: str) -> None:
     workplace.fill(3)
     before, path = workplace.files(), workplace.run.replay(2) / shard_name(1)
+    first = reader(workplace)[0].manifest.shards[1].id
     data = bytearray(before[path.name])
     data[len(data) // 2] ^= 1
     {"flip": lambda: path.write_bytes(data), "cut": lambda: path.write_bytes(data[:999]), "gone": path.unlink}[damage]()
@@ -94,38 +97,39 @@ def test_a_corrupt_shard_is_named_counted_and_made_again_identically(workplace: 
     assert pool.load(1) is None and len(notices) == 1 and str(path) in notices[0]
     assert not pool.published(1) and pool.manifest.redone == 1 and pool.load(2) is not None
     second, _ = reader(workplace)  # another rank that had read the old line changes nothing
-    second.manifest.redo(1, 1, "late")
+    second.manifest.redo(1, first, "late")
     assert workplace.fill(1) == 1
     pool.refresh()
     assert workplace.files() == before and pool.load(1) is not None and pool.manifest.redone == 1
     assert pool.manifest.evaluations == 4 * 42  # the work was done twice
 
 
+def reseal(workplace: Any, **changes: Any) -> None:
+    """Write the manifest's only line anew, as a program that means it would."""
+    path = workplace.run.replay(2) / "manifest.jsonl"
+    content = unseal(path.read_bytes().rstrip())
+    assert content is not None
+    path.write_bytes(seal(content | changes) + b"\n")
+
+
 def test_another_teachers_shards_are_refused(workplace: Any) -> None:
     workplace.fill(1)
-    path = workplace.run.replay(2) / "manifest.jsonl"
-    path.write_text(path.read_text().replace(workplace.card.teacher_id, "e" * 64))
+    reseal(workplace, teacher_id="e" * 64)
     with pytest.raises(UserError, match=rf"{shard_name(0)}: made by teacher eeee"):
         reader(workplace)
 
 
 def test_shards_sampled_otherwise_are_refused(workplace: Any) -> None:
     workplace.fill(1)
-    path = workplace.run.replay(2) / "manifest.jsonl"
-    path.write_text(path.read_text().replace('"steps":4', '"steps":2'))
+    reseal(workplace, sampler=workplace.request.sampler() | {"steps": 2})
     with pytest.raises(UserError, match=rf"{shard_name(0)}: sampled with steps=2"):
         reader(workplace)
 
 
 def test_a_manifest_of_another_schema_is_refused(workplace: Any) -> None:
     workplace.fill(1)
-    path = workplace.run.replay(2) / "manifest.jsonl"
-    lines = path.read_text()
-    path.write_text(lines.replace('"worker":0,"schema":1', '"worker":0,"schema":9'))
-    with pytest.raises(UserError, match="schema 9"):
-        reader(workplace)
-    path.write_text(lines.replace('"crc32":', '"crc32":"x","crc":'))
-    with pytest.raises(UserError, match="crc"):
+    reseal(workplace, schema=9)
+    with pytest.raises(UserError, match=r"manifest\.jsonl: schema 9"):
         reader(workplace)
 
 
@@ -176,11 +180,11 @@ def test_the_pool_stays_below_its_limit_and_goes_on_when_shards_are_released(wor
     workplace.config.replay.pool_gb = limit / 1e9
     workplace.ask()
     sampler = workplace.sampler()
-    made = []
+    request, made = sampler.current_request(), []
     for released in (0, 0, 2, 3, 7):
         write_json(workplace.run.replay_progress(2), {"released": released, "kept": [0, 0]})
-        while (shard := sampler.next_shard(sampler.current_request())) is not None:
-            sampler.make_shard(workplace.request, shard)
+        while (shard := sampler.next_shard(request)) is not None:
+            sampler.make_shard(request, shard)
             made.append(shard)
             assert sum(map(len, workplace.files().values())) <= limit
         assert made[-1] == min(8, released + 5)
@@ -196,7 +200,6 @@ def test_shards_kept_for_reuse_are_not_retired(workplace: Any) -> None:
     workplace.ask()
     workplace.fill(3)
     write_json(workplace.run.replay_progress(2), {"released": 5, "kept": [1, 3]})
-    assert pool_window(workplace.run, workplace.request).kept == range(1, 3)
     workplace.fill()
     assert set(workplace.files()) == {shard_name(shard) for shard in (1, 2, 5, 6, 7, 8)}
 
@@ -218,6 +221,7 @@ def test_a_full_disk_pauses_the_sampler_and_leaves_no_half_shard(
     sampler.make_shard(sampler.current_request(), 0)
     assert seen[2] == (set(), "disk full") and sampler.made == 1
     assert capfd.readouterr().err.count("waits for room") == 1
+    assert count_events(workplace.run)["disk_full"] == 1
     assert list(workplace.files()) == [shard_name(0)] and reader(workplace)[0].load(0) is not None
 
 
@@ -247,17 +251,20 @@ def test_what_a_crash_left_is_tidied(workplace: Any) -> None:
 
 
 def test_a_second_sampler_of_the_same_number_is_refused(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sidecar, "LOCK_SECONDS", 0.3)
-    path = workplace.run.sampler_lock(0)
-    with worker_lock(path, 0), worker_lock(workplace.run.sampler_lock(1), 1), pytest.raises(UserError, match=str(path)):
-        worker_lock(path, 0).__enter__()
-    with worker_lock(path, 0):
-        pass
+    monkeypatch.setattr(lock, "LOCK_SECONDS", 0.3)
+    paths, stop = [workplace.run.sampler_lock(worker) for worker in range(2)], threading.Event()
+    wait = [refuse(path, worker, stop) for worker, path in enumerate(paths)]
+    with worker_lock(paths[0], wait[0]) as first, worker_lock(paths[1], wait[1]) as second:
+        assert first and second
+        with pytest.raises(UserError, match=rf"{paths[0]}: another sampler .*--worker 0"):
+            worker_lock(paths[0], wait[0]).__enter__()
+    with worker_lock(paths[0], wait[0]) as held:
+        assert held
 
 
 def test_a_teacher_that_samples_nonsense_is_refused(workplace: Any) -> None:
     sampler = workplace.sampler()
-    model, _ = sampler._open_teacher(workplace.request)
+    model, _ = sampler._open_teacher(sampler.current_request())
     model.unet.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(UserError, match="NaN"):
         sampler.make_shard(workplace.request, 0)

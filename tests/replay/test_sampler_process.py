@@ -190,7 +190,7 @@ def test_by_hand_it_serves_until_sigterm_and_the_next_one_goes_on(make_workplace
 
 def test_by_hand_it_ends_when_the_run_is_finished(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write_state(workplace.run, 1, finished=True)  # before it started: perhaps another task is coming
-    sampler = Sampler(workplace.run, 0, 1, torch.device("cpu"), supervised=False)
+    sampler = Sampler(workplace.run, 0, 1, torch.device("cpu"), by_hand=True)
     thread = threading.Thread(target=sampler.serve)
     thread.start()
     thread.join(0.5)
@@ -201,7 +201,7 @@ def test_by_hand_it_ends_when_the_run_is_finished(workplace: Any, monkeypatch: p
     thread.join(SECONDS)
     assert not thread.is_alive() and read_json(workplace.run.sampler(0))["evaluations"] == 9 * 42
     monkeypatch.setattr(sidecar, "FINISHED_SECONDS", 0.2)
-    Sampler(workplace.run, 0, 1, torch.device("cpu"), supervised=False).serve()  # no task comes: it ends
+    Sampler(workplace.run, 0, 1, torch.device("cpu"), by_hand=True).serve()  # no task comes: it ends
 
 
 @pytest.mark.parametrize(

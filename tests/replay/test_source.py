@@ -24,6 +24,7 @@ from trainer.models.teacher import load_teacher
 from trainer.replay import pool_source
 from trainer.replay.decode import shard_name
 from trainer.replay.draws import draws
+from trainer.replay.manifest import seal, unseal
 from trainer.replay.source import InlineSource, PoolSource, open_source
 from trainer.replay.state import read_json, write_json
 from trainer.replay.trajectory import sample_trajectories
@@ -186,7 +187,7 @@ def test_a_corrupt_shard_is_waited_for_and_the_points_stay_the_same(workplace: A
 def test_another_teachers_pool_is_refused_before_the_first_step(workplace: Any) -> None:
     workplace.fill(1)
     path = workplace.run.replay(2) / "manifest.jsonl"
-    path.write_text(path.read_text().replace(workplace.card.teacher_id, "e" * 64))
+    path.write_bytes(seal((unseal(path.read_bytes().rstrip()) or {}) | {"teacher_id": "e" * 64}) + b"\n")
     with pytest.raises(UserError, match="made by teacher eeee"):
         source(workplace)
     assert not [thread for thread in threading.enumerate() if thread.name == "replay-reader"]

@@ -1,7 +1,8 @@
 """`manifest.jsonl`: the journal of a replay pool, one line per event, appended by samplers and trainer alike.
 
-A line with a `crc32` says that a shard is published; `redo` and `retired` lines take it back. A line counts once it
-ends in a newline; what cannot be parsed (torn by a crash or a full disk) counts as never written.
+A line says that a shard is published, or with an `event` (`redo`, `retired`) takes one publication back, naming its
+`id`. Each line carries the CRC-32 of its content. One that was torn by a crash or a full disk, or has a bit that
+flipped, counts as never written.
 """
 
 from __future__ import annotations
@@ -9,20 +10,30 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.replay.decode import shard_name
 
 MANIFEST_NAME = "manifest.jsonl"
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2
+_CHECK = "check"
 
 
 @dataclass(frozen=True)
 class ShardLine:
-    """What the manifest says of one published shard; `evaluations` and `seconds` are what it cost to make."""
+    """What the manifest says of one published shard.
 
+    `id` is another for each publication, also of the same shard. `sampler` is what was asked for, `micro_batch` how
+    many trajectories were really sampled at once: made again with it, a shard has the same bytes. `evaluations` and
+    `seconds` are what it cost to make.
+    """
+
+    id: str
     shard: int
     name: str
     count: int
@@ -32,6 +43,7 @@ class ShardLine:
     sha256: str
     teacher_id: str
     sampler: dict[str, Any]
+    micro_batch: int
     evaluations: int
     seconds: float
     worker: int
@@ -39,86 +51,125 @@ class ShardLine:
 
 
 class Manifest:
-    """A view of the journal that `refresh` brings up to date, reading only what was added."""
+    """A view of the journal that `refresh` brings up to date, reading only what was added.
+
+    `shards` are those published and not taken back; `micro_batches` how each shard was sampled last, also one that is
+    gone; `newest` the micro-batch in the last line of each worker. `evaluations` counts those of all publications,
+    `redone` and `retired` what was taken back.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / MANIFEST_NAME
-        self.shards: dict[int, ShardLine] = {}
-        self.generation: dict[int, int] = {}  # times a shard was published
-        self.evaluations = 0
-        self.redone = 0
-        self.retired = 0
-        self._offset = 0
+        self._forget()
 
     def refresh(self) -> bool:
         """Read what is new; whether a shard was published since.
 
+        A file that does not continue what was read (cut off, replaced, gone) is read again from its start.
+
         Raises:
-            UserError: lines of another schema, naming the file.
+            UserError: a line of another schema, naming the file.
         """
-        before = sum(self.generation.values())
+        before = self.shards
         try:
             list(self.path.parent.iterdir())  # on network file systems this drops stale attributes
             with self.path.open("rb") as file:
+                if not self._continues(file.fileno()):
+                    self._forget()
+                    self._file = _identity(file.fileno())
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:
+            self._forget()
             return False
-        complete, _, _ = data.rpartition(b"\n")
-        if complete:
-            self._offset += len(complete) + 1
-            for line in complete.split(b"\n"):
-                self._apply(line)
-        return sum(self.generation.values()) > before
+        complete, newline, _ = data.rpartition(b"\n")
+        if not newline:
+            return False
+        known = {line.id for line in before.values()}
+        self._offset += len(complete) + 1
+        lines = complete.split(b"\n")
+        self._last = lines[-1] + b"\n"
+        for line in lines:
+            self._apply(line)
+        return any(line.id not in known for line in self.shards.values())
 
     def publish(self, line: ShardLine) -> None:
         append_line(self.path, asdict(line))
 
-    def redo(self, shard: int, generation: int, reason: str) -> None:
-        """Take back what was published as `generation` of a shard; later ones stay."""
-        append_line(self.path, {"event": "redo", "shard": shard, "generation": generation, "reason": reason})
+    def redo(self, shard: int, id: str, reason: str) -> None:
+        """Take back the publication `id` of a shard, which is corrupt; others stay."""
+        self._take_back("redo", shard, id, reason=reason)
 
-    def retire(self, shard: int) -> None:
-        append_line(self.path, {"event": "retired", "shard": shard})
+    def retire(self, shard: int, id: str) -> None:
+        """Take back the publication `id` of a shard, which is no longer needed; others stay."""
+        self._take_back("retired", shard, id)
+
+    def _take_back(self, event: str, shard: int, id: str, **details: str) -> None:
+        append_line(self.path, {"event": event, "shard": shard, "id": id, **details, "schema": MANIFEST_SCHEMA})
+
+    def _forget(self) -> None:
+        self.shards: dict[int, ShardLine] = {}
+        self.micro_batches: dict[int, int] = {}
+        self.newest: dict[int, int] = {}
+        self.evaluations = self.redone = self.retired = 0
+        self._offset, self._last = 0, b""
+        self._file: tuple[int, int] | None = None
+
+    def _continues(self, descriptor: int) -> bool:
+        """Whether this is the file that was read, with the last line that was read where it was."""
+        last = os.pread(descriptor, len(self._last), self._offset - len(self._last))
+        return self._file == _identity(descriptor) and last == self._last
 
     def _apply(self, line: bytes) -> None:
-        try:
-            content = json.loads(line)
-            shard = int(content["shard"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return  # torn
-        event = content.get("event")
-        if event == "redo":
-            if content.get("generation") == self.generation.get(shard) and self.shards.pop(shard, None):
-                self.redone += 1
-        elif event == "retired":
-            self.retired += self.shards.pop(shard, None) is not None
-        else:
-            entry = self._entry(content)
-            self.shards[shard] = entry
-            self.generation[shard] = self.generation.get(shard, 0) + 1
-            self.evaluations += entry.evaluations
-
-    def _entry(self, content: dict[str, Any]) -> ShardLine:
+        content = unseal(line)
+        if content is None:
+            return
         if content.get("schema") != MANIFEST_SCHEMA:
             raise UserError(f"{self.path}: schema {content.get('schema')}, this program reads {MANIFEST_SCHEMA}")
-        try:
-            entry = ShardLine(**content)
-        except TypeError as error:
-            raise UserError(f"{self.path}: not a manifest of replay shards ({error})") from None
-        for field in fields(ShardLine):
-            value, kind = getattr(entry, field.name), str(field.type).partition("[")[0]
-            if type(value).__name__ != kind:
-                raise UserError(f"{self.path}: shard {entry.shard}: {field.name} is not of type {kind}")
-        return entry
+        if "event" in content:
+            self._apply_event(content)
+        elif (entry := _entry(content)) is not None:
+            self.shards[entry.shard] = entry
+            self.micro_batches[entry.shard] = self.newest[entry.worker] = entry.micro_batch
+            self.evaluations += entry.evaluations
+
+    def _apply_event(self, content: dict[str, Any]) -> None:
+        shard = content.get("shard")
+        if type(shard) is not int or shard not in self.shards or self.shards[shard].id != content.get("id"):
+            return
+        if content["event"] in ("redo", "retired"):
+            del self.shards[shard]
+            self.redone += content["event"] == "redo"
+            self.retired += content["event"] == "retired"
+
+
+def new_id() -> str:
+    """A name for one publication, never given twice."""
+    return secrets.token_hex(8)
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """One line, without its end, that carries the CRC-32 of its content."""
+    return _canonical(content | {_CHECK: zlib.crc32(_canonical(content))})
+
+
+def unseal(line: bytes) -> dict[str, Any] | None:
+    """A line's content; None where it is not what was written."""
+    try:
+        content = json.loads(line)
+        check = content.pop(_CHECK)
+        intact = type(check) is int and zlib.crc32(_canonical(content)) == check
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return content if intact else None
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Append one line with a single write, then flush it to the disk. Raises OSError where it did not fit.
+    """Append one sealed line with a single write, then flush it to the disk. Raises OSError where it did not fit.
 
     A torn tail, left by a writer that died, is closed first so that it cannot swallow this line.
     """
-    data = json.dumps(content, separators=(",", ":")).encode() + b"\n"
+    data = seal(content) + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -130,3 +181,27 @@ def append_line(path: Path, content: dict[str, Any]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _entry(content: dict[str, Any]) -> ShardLine | None:
+    """A publication; None where a field is missing, surplus or not what it can be."""
+    try:
+        entry = ShardLine(**content)
+    except TypeError:
+        return None
+    for field in fields(ShardLine):
+        value = getattr(entry, field.name)
+        if type(value).__name__ != str(field.type).partition("[")[0]:
+            return None
+        if isinstance(value, int) and value < 0:
+            return None
+    return entry if entry.id and entry.name == shard_name(entry.shard) and entry.micro_batch else None
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino

@@ -15,14 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from trainer.config import Retirement
 from trainer.data.shards import Sample, ShardEntry, encode_shard, write_atomic
 from trainer.errors import UserError
 from trainer.replay.decode import Corrupt, DecodedShard, Float16, decode, npy_header, shard_name, trajectory_key
-from trainer.replay.manifest import Manifest, ShardLine
+from trainer.replay.manifest import Manifest, ShardLine, new_id
 from trainer.replay.request import REQUEST_SCHEMA, ReplayRequest
 from trainer.replay.state import write_json
 from trainer.replay.trajectory import TrajectoryBatch
 from trainer.run import RunDir
+
+NEVER = 1 << 62  # no pool has a shard of this number
 
 # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -54,6 +57,7 @@ def publish(
     shard: int,
     encoded: tuple[ShardEntry, bytes],
     *,
+    micro_batch: int,
     evaluations: int,
     seconds: float,
     worker: int,
@@ -66,6 +70,7 @@ def publish(
     entry, data = encoded
     write_atomic(manifest.path.parent / entry.name, data)
     line = ShardLine(
+        id=new_id(),
         shard=shard,
         name=entry.name,
         count=entry.count,
@@ -75,6 +80,7 @@ def publish(
         sha256=entry.sha256,
         teacher_id=request.teacher_id,
         sampler=request.sampler(),
+        micro_batch=micro_batch,
         evaluations=evaluations,
         seconds=round(seconds, 3),
         worker=worker,
@@ -83,17 +89,20 @@ def publish(
     return line
 
 
-def discard(run: RunDir, task: int) -> None:
-    """Delete the pool of a task that is learnt; its manifest stays as the record of what it cost.
+def discard(run: RunDir, task: int, retirement: Retirement = Retirement.delete) -> None:
+    """Give up the pool of a task that is learnt: the samplers are told that nothing of it is needed any more.
 
-    The samplers are told first that nothing of it is needed, so that none makes it again.
+    Its shards are deleted, or stay as they are (`Retirement.keep`). The manifest stays, as the record of what the
+    pool cost.
     """
-    write_json(run.replay_progress(task), {"released": 1 << 62, "kept": [0, 0]})
+    write_json(run.replay_progress(task), {"released": NEVER, "kept": [0, 0], "used": NEVER})
+    if retirement is Retirement.keep:
+        return
     manifest = Manifest(run.replay(task))
     manifest.refresh()
-    for shard in sorted(manifest.shards):
+    for shard, line in sorted(manifest.shards.items()):
         (run.replay(task) / shard_name(shard)).unlink(missing_ok=True)
-        manifest.retire(shard)
+        manifest.retire(shard, line.id)
 
 
 def _records(batch: TrajectoryBatch) -> list[dict[str, Any]]:
@@ -128,18 +137,17 @@ class PoolReader:
     def __init__(self, directory: Path, request: ReplayRequest, notice: Callable[[str], None] = _print) -> None:
         self.directory, self.request, self.notice = directory, request, notice
         self.manifest = Manifest(directory)
-        self._checked: dict[int, int] = {}  # shard -> generation found to be of this request
-        self._bad: dict[int, tuple[int, str]] = {}  # shard -> generation that is corrupt, and why
+        self._checked: dict[int, str] = {}  # shard -> id of the publication found to be of this request
+        self._bad: dict[int, tuple[str, str]] = {}  # shard -> id of the publication that is corrupt, and why
 
     def refresh(self) -> bool:
         """Look for new shards; whether there are any. Raises UserError as `check` does."""
         news = self.manifest.refresh()
         if news:
             for shard, line in self.manifest.shards.items():
-                generation = self.manifest.generation[shard]
-                if self._checked.get(shard) != generation:
+                if self._checked.get(shard) != line.id:
                     self.check(line)
-                    self._checked[shard] = generation
+                    self._checked[shard] = line.id
         self._report_bad()
         return news
 
@@ -190,19 +198,20 @@ class PoolReader:
         return data
 
     def _ask_again(self, shard: int, reason: str) -> None:
-        self._bad[shard] = (self.manifest.generation[shard], reason)
+        self._bad[shard] = (self.manifest.shards[shard].id, reason)
         self.notice(f"{self.directory / shard_name(shard)}: corrupt ({reason}); asked for again")
         self._report_bad()
 
     def _is_bad(self, shard: int) -> bool:
-        return shard in self._bad and self._bad[shard][0] == self.manifest.generation[shard]
+        line = self.manifest.shards.get(shard)
+        return line is not None and shard in self._bad and self._bad[shard][0] == line.id
 
     def _report_bad(self) -> None:
         """Tell the samplers; where the disk is full, at a later call."""
-        for shard, (generation, reason) in self._bad.items():
-            if shard in self.manifest.shards and self._is_bad(shard):
+        for shard, (id, reason) in self._bad.items():
+            if self._is_bad(shard):
                 try:
-                    self.manifest.redo(shard, generation, reason)
+                    self.manifest.redo(shard, id, reason)
                 except OSError:
                     return
         if self._bad:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import Config, MethodName, OnStarved, Placement, Points, Precision
+from trainer.config import Config, MethodName, OnStarved, Placement, Points, Precision, Retirement
 from trainer.data.shards import write_atomic
 from trainer.errors import ConfigError, UserError
 from trainer.run import RunDir
@@ -22,11 +22,15 @@ from trainer.steps import checkpoint_interval
 if TYPE_CHECKING:
     from trainer.models.teacher import TeacherCard
 
-REQUEST_SCHEMA = 1
+REQUEST_SCHEMA = 2
 _BLOCK, _RECORD, _NPY_HEADER = 512, 10240, 128  # of tar and npy files
 # What may change between attempts without making another pool.
-_FREE_FIELDS = ("teacher", "positions", "shards", "reuse", "pool_bytes")
+_FREE_FIELDS = (
+    *("teacher", "positions", "step_positions", "shards", "reuse"),
+    *("pool_bytes", "pool_shards", "low_watermark"),
+)
 KEPT_SHARDS = 4  # on_starved=reuse draws on so many of the latest shards
+_STEPS_AHEAD = 5  # a trainer's present step, and those that it reads ahead
 _SPARE_SHARDS = 3  # beside those used between two checkpoints: one kept back, one at each end of the interval
 
 
@@ -36,9 +40,11 @@ class ReplayRequest:
 
     `classes` are the global ids of all classes the teacher knows, in their fixed order. `points` is "renoised" (an end
     point x_0 and fresh noise) or "trajectory" (states on the DDIM path); `targets` is "teacher" (its prediction) or
-    "noise". `positions` replay points are used over the whole task, from `shards` shards, each stored point `reuse`
-    times. A shard holds `shard_trajectories` trajectories of `points_per_trajectory` points and is sampled in
-    micro-batches of `sampler_batch`. No more than `pool_bytes` of shards lie on disk at once.
+    "noise". `positions` replay points are used over the whole task, `step_positions` in each step, from `shards`
+    shards, each stored point `reuse` times. A shard holds `shard_trajectories` trajectories of `points_per_trajectory`
+    points and is sampled in micro-batches of `sampler_batch`. No more than `pool_bytes` of shards lie on disk at once;
+    a pool is full with `pool_shards` unused ones (0: as many as there is room for), and filled again once no more than
+    the share `low_watermark` of them is left.
     """
 
     task: int
@@ -61,9 +67,12 @@ class ReplayRequest:
     sampler_batch: int
     precision: str
     positions: int
+    step_positions: int
     shards: int
     reuse: int
     pool_bytes: int
+    pool_shards: int
+    low_watermark: float
     schema: int = REQUEST_SCHEMA
 
     @property
@@ -116,6 +125,11 @@ class ReplayRequest:
     def capacity(self) -> int:
         """Shards that the pool may hold at once."""
         return self.pool_bytes // self.shard_bytes
+
+    @property
+    def shards_ahead(self) -> int:
+        """Shards that a trainer may want at once, for its present step and those that it reads ahead."""
+        return math.ceil(_STEPS_AHEAD * self.step_positions / self.shard_uses) + 1
 
     def shard_of(self, position: int) -> int:
         return position // self.shard_uses
@@ -179,9 +193,12 @@ def plan_request(
         sampler_batch=replay.sampler_batch,
         precision=replay.precision.value,
         positions=positions,
+        step_positions=config.replay_batch,
         shards=0 if inline else math.ceil(positions / uses),
         reuse=replay.reuse,
         pool_bytes=int(replay.pool_gb * 1e9),
+        pool_shards=replay.pool_shards,
+        low_watermark=float(replay.low_watermark),
     )
     _check(request, config)
     if not inline:
@@ -203,6 +220,18 @@ def estimate(request: ReplayRequest) -> dict[str, int]:
         "disk_bytes": min(written, request.capacity * request.shard_bytes),
         "evaluations": trajectories * request.evaluations_per_trajectory,
     }
+
+
+def pools_disk_bytes(config: Config, steps_per_task: int) -> int:
+    """Bytes of all the replay pools that a run may have on disk at once: one, or with `replay.retirement=keep` each
+    task's. Raises ConfigError, naming the key."""
+    if not config.needs_teacher or config.replay.placement is Placement.inline:
+        return 0
+    sizes = [
+        estimate(plan_request(config, task, config.classes_until(task - 1), steps_per_task))["disk_bytes"]
+        for task in range(2, len(config.data.tasks) + 1)
+    ]
+    return sum(sizes) if config.replay.retirement is Retirement.keep else max(sizes, default=0)
 
 
 def write_request(run: RunDir, request: ReplayRequest) -> None:
@@ -271,6 +300,12 @@ def _check_pool(request: ReplayRequest, config: Config, steps_per_task: int) -> 
         raise ConfigError(
             f"replay.pool_gb={limit:g}: holds {request.capacity} shards, {needed} are needed from one checkpoint to "
             f"the next ({needed * size / 1e9:.3g} GB); checkpoint more often (checkpoint.every_images)"
+        )
+    ahead = min(request.shards, request.shards_ahead)
+    if 0 < request.pool_shards < ahead:
+        raise ConfigError(
+            f"replay.pool_shards={request.pool_shards}: {ahead} are needed for {_STEPS_AHEAD} steps of "
+            f"{request.step_positions} replay points, or a trainer would wait for shards that nobody makes"
         )
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -23,61 +19,109 @@ from trainer.diffusion.schedules import NoiseSchedule
 from trainer.errors import UserError
 from trainer.models.denoiser import Denoiser
 from trainer.replay.decode import shard_name
+from trainer.replay.events import Event, EventLog
+from trainer.replay.lock import refuse, say, stand_by, worker_lock
 from trainer.replay.manifest import Manifest
+from trainer.replay.memory import free_memory, is_out_of_memory
 from trainer.replay.pool import encode, publish
 from trainer.replay.request import ReplayRequest, read_request
-from trainer.replay.state import read_json, read_state, write_json
+from trainer.replay.state import read_state, write_json
 from trainer.replay.teacher import open_teacher
 from trainer.replay.trajectory import TrajectoryBatch, sample_trajectories
+from trainer.replay.window import Filling, Limits, Progress, read_progress
 from trainer.run import RunDir
 
 POLL_SECONDS = 0.2
-BEAT_SECONDS = 5.0  # between two heartbeats while there is nothing to do
-LOCK_SECONDS = 5.0  # for a sampler that is just ending to let go of its lock
+BEAT_SECONDS = 5.0  # between two heartbeats that say the same
+PAUSE_SECONDS = 1.0  # between two tries on a full disk
 FINISHED_SECONDS = 300.0  # a run that was finished before may be about to learn another task
+REREAD_SECONDS = 30.0  # between two looks of an idle sampler at the whole manifest
 
 
-@dataclass(frozen=True)
-class Window:
-    """Which shards may lie in the pool now: those from `released` on, as many as fit beside those `kept`."""
+class Pool:
+    """What a sampler knows of the pool that it fills."""
 
-    released: int
-    kept: range
-    room: int
+    def __init__(self, run: RunDir, request: ReplayRequest, worker: int, workers: int) -> None:
+        self.run, self.task, self.worker, self.workers = run, request.task, worker, workers
+        self.filling = Filling()
+        self.progress = Progress()
+        self.open()
+        largest = min(request.sampler_batch, request.shard_trajectories)
+        self.micro_batch = self.manifest.newest.get(worker, largest)  # smaller once memory was short
 
-    def make(self, shards: int) -> range:
-        return range(self.released, min(shards, self.released + self.room))
+    def open(self) -> None:
+        """Read the manifest from its start and tidy up.
 
-    def retire_for(self, shard: int, present: list[int]) -> list[int]:
-        """What must go before `shard` is made, so that the pool never outgrows its limit."""
-        return [
-            other
-            for other in present
-            if other not in self.kept and (other <= shard - self.room or other >= self.released + self.room)
-        ]
+        Lines that were damaged after they had been read count here, as they do not for a trainer that is started now.
+        """
+        self.manifest = Manifest(self.run.replay(self.task))
+        self.manifest.refresh()
+        self.opened = time.monotonic()
+        self._tidy()
 
+    def refresh(self) -> None:
+        self.manifest.refresh()
+        self.progress = read_progress(self.run.replay_progress(self.task)) or self.progress
 
-def pool_window(run: RunDir, request: ReplayRequest) -> Window:
-    """The window as the trainer's progress file says; before there is one, the pool's beginning."""
-    progress = read_json(run.replay_progress(request.task))
-    low, high = progress.get("kept", [0, 0])
-    kept = range(int(low), int(high))
-    return Window(int(progress.get("released", 0)), kept, max(1, request.capacity - len(kept)))
+    def is_mine(self, shard: int) -> bool:
+        return shard % self.workers == self.worker
+
+    def path(self, shard: int) -> Path:
+        return self.run.replay(self.task) / shard_name(shard)
+
+    def present(self) -> set[int]:
+        """Shards that take room, or are said to."""
+        names = (path.stem.removeprefix("replay-") for path in self.run.replay(self.task).glob("replay-*.tar"))
+        return {int(name) for name in names if name.isdecimal()} | self.manifest.shards.keys()
+
+    def retire(self, shard: int) -> None:
+        """Delete a shard. Raises OSError where that cannot be written down."""
+        self.path(shard).unlink(missing_ok=True)
+        if shard in self.manifest.shards:
+            self.manifest.retire(shard, self.manifest.shards[shard].id)
+            self.manifest.refresh()
+
+    def _tidy(self) -> None:
+        """After a crash: finish what it left half done among this worker's shards."""
+        for path in self.run.replay(self.task).glob(".replay-*.tmp"):
+            number = path.name.removeprefix(".replay-").partition(".")[0]
+            if number.isdecimal() and self.is_mine(int(number)):
+                path.unlink(missing_ok=True)
+        for shard in filter(self.is_mine, self.present()):
+            listed, there = shard in self.manifest.shards, self.path(shard).exists()
+            if listed == there:
+                continue
+            try:
+                self.retire(shard)
+            except OSError as error:  # what is listed without a file is asked for again where it is needed
+                if error.errno not in FULL_DISK:
+                    raise
 
 
 class Sampler:
     """Makes the shards `worker`, `worker + workers`, ... of whatever pool the trainer asks for, in order."""
 
-    def __init__(self, run: RunDir, worker: int, workers: int, device: torch.device, *, supervised: bool) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        worker: int,
+        workers: int,
+        device: torch.device,
+        *,
+        by_hand: bool = False,
+        alive: Callable[[], None] = lambda: None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """`by_hand`: it ends with the run, not when its supervisor says so. `alive` is called at each sign of life."""
         self.run, self.worker, self.workers, self.device = run, worker, workers, device
-        self.supervised = supervised  # then the supervisor ends it, not the run's state
-        self.stop = threading.Event()
+        self.by_hand, self.alive, self.stop = by_hand, alive, stop or threading.Event()
+        self.events = EventLog(run, f"sampler-{worker}")
         self.began = time.time()
         self.made, self.evaluations, self.busy = 0, 0, 0.0
-        self._beaten = 0.0
-        self._warned: set[str] = set()
+        self._beaten, self._status = 0.0, ""
+        self._paused = False  # the disk is full, and that was said
         self._teacher: tuple[str, Denoiser, NoiseSchedule] | None = None
-        self._manifest: Manifest | None = None
+        self._pool: Pool | None = None
 
     def serve(self) -> None:
         """Work until told to stop, or until the run is finished.
@@ -85,15 +129,11 @@ class Sampler:
         Raises:
             UserError: a teacher or a pool that is not what the request says.
         """
-        self.beat("waiting")
-        while not self.stop.is_set():
-            if self.run_is_finished():
-                break
+        while not self.stop.is_set() and not self.run_is_finished():
             request = self.current_request()
             shard = self.next_shard(request) if request else None
             if request is None or shard is None:
-                self.beat("waiting", every=BEAT_SECONDS)
-                self.stop.wait(POLL_SECONDS)
+                self._rest(request)
             else:
                 self.make_shard(request, shard)
         self.beat("ended")
@@ -101,7 +141,7 @@ class Sampler:
     def run_is_finished(self) -> bool:
         """Whether the run has ended; for a while one that had ended before is given the chance to go on."""
         state = read_state(self.run)
-        if self.supervised or state is None or not state.finished:
+        if not self.by_hand or state is None or not state.finished:
             return False
         return state.time >= self.began or time.time() - self.began > FINISHED_SECONDS
 
@@ -111,43 +151,42 @@ class Sampler:
         if state is None or state.finished or not self.run.replay_request(state.task).exists():
             return None
         request = read_request(self.run.replay_request(state.task))
-        directory = self.run.replay(request.task)
-        if self._manifest is None or self._manifest.path.parent != directory:
-            self._manifest = Manifest(directory)
-            self._tidy(self._manifest)
+        if self._pool is None or self._pool.task != request.task:
+            self._pool = Pool(self.run, request, self.worker, self.workers)
         return request
 
     def next_shard(self, request: ReplayRequest) -> int | None:
-        """The first shard of this worker's that the pool lacks and has room for; makes the room."""
-        manifest = self._open_manifest()
-        manifest.refresh()
-        window = pool_window(self.run, request)
-        for shard in window.make(request.shards):
-            if shard % self.workers == self.worker and shard not in manifest.shards:
-                self._retire(manifest, window.retire_for(shard, sorted(manifest.shards)))
-                return shard
-        return None
+        """The first shard of this worker's that the pool lacks and that is to be made now."""
+        pool = self._open_pool()
+        pool.refresh()
+        wanted = pool.filling.wanted(pool.manifest.shards.keys(), pool.progress, Limits.of(request))
+        return next(filter(pool.is_mine, wanted), None)
 
     def make_shard(self, request: ReplayRequest, shard: int) -> None:
         """Sample and publish one shard; leaves it when told to stop."""
-        model, schedule = self._open_teacher(request)
-        self.beat("sampling", every=BEAT_SECONDS)
+        self.beat("sampling")
+        teacher = self._open_teacher(request)
         began = time.monotonic()
-        batches = self._sample(model, schedule, request, shard)
-        if batches is None:
+        sampled = self._sample(*teacher, request, shard)
+        if sampled is None:
             return
+        batches, micro_batch = sampled
         encoded = encode(request, shard, batches)
         seconds = time.monotonic() - began
         evaluations = sum(batch.evaluations for batch in batches)
+        pool, limits = self._open_pool(), Limits.of(request)
         while not self.stop.is_set():
-            if shard not in pool_window(self.run, request).make(request.shards):
+            pool.refresh()
+            if shard not in limits.room(pool.progress):
                 return  # the trainer went on, or back, meanwhile
             try:
+                self._make_room(pool, limits, shard)
                 publish(
-                    self._open_manifest(),
+                    pool.manifest,
                     request,
                     shard,
                     encoded,
+                    micro_batch=micro_batch,
                     evaluations=evaluations,
                     seconds=seconds,
                     worker=self.worker,
@@ -156,16 +195,21 @@ class Sampler:
                 self._pause(error)
                 continue
             self.made, self.evaluations, self.busy = self.made + 1, self.evaluations + evaluations, self.busy + seconds
-            self._warned.clear()
-            self.beat("sampling")
+            self._paused = False
+            self.events.flush()
+            self.beat("sampling", news=True)
             return
 
-    def beat(self, status: str, every: float = 0.0) -> None:
-        """Say in the heartbeat file that this sampler lives; on a full disk say nothing."""
+    def beat(self, status: str, *, news: bool = False) -> None:
+        """Give a sign of life, and now and then, or where there are news, write it to the heartbeat file.
+
+        On a full disk the file says nothing.
+        """
+        self.alive()
         now = time.time()
-        if now - self._beaten < every:
+        if status == self._status and not news and abs(now - self._beaten) < BEAT_SECONDS:
             return
-        self._beaten = now
+        self._beaten, self._status = now, status
         rate = self.evaluations / self.busy if self.busy else 0.0
         content = {
             "pid": os.getpid(),
@@ -183,20 +227,63 @@ class Sampler:
             if error.errno not in FULL_DISK:
                 raise
 
+    def _rest(self, request: ReplayRequest | None) -> None:
+        """Nothing to do for the moment: say why, and wait a little."""
+        pool, status = self._pool, "waiting"
+        if request is not None and pool is not None:
+            still = range(max(pool.progress.released, pool.progress.used or 0), request.shards)
+            missing = any(pool.is_mine(shard) and shard not in pool.manifest.shards for shard in still)
+            status = "resting" if missing else "complete"
+            if time.monotonic() - pool.opened > REREAD_SECONDS:
+                pool.open()
+        self.beat(status)
+        self.stop.wait(POLL_SECONDS)
+
     def _sample(
         self, model: Denoiser, schedule: NoiseSchedule, request: ReplayRequest, shard: int
+    ) -> tuple[list[TrajectoryBatch], int] | None:
+        """The trajectories of a shard and the micro-batch that they were sampled in; None when told to stop.
+
+        A shard made again is sampled as it was before, so it has the same bytes. Where memory is short the micro-batch
+        is halved, also for later shards. Raises what the allocator did when one trajectory alone is too much.
+        """
+        pool = self._open_pool()
+        micro_batch = pool.manifest.micro_batches.get(shard, pool.micro_batch)
+        while True:
+            try:
+                batches = self._sample_in(micro_batch, model, schedule, request, shard)
+                return None if batches is None else (batches, micro_batch)
+            except (RuntimeError, MemoryError) as error:
+                if micro_batch == 1 or not is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            free_memory(self.device)  # here, not in the handler: the error's traceback holds on to tensors
+            smaller = micro_batch // 2
+            pool.micro_batch = min(pool.micro_batch, smaller)
+            sizes = {"micro_batch": micro_batch, "next_micro_batch": smaller}
+            self.events.add(Event.out_of_memory, worker=self.worker, shard=shard, **sizes, reason=reason)
+            say(
+                self.worker,
+                f"out of memory with {micro_batch} trajectories at once; going on with {smaller} ({reason})",
+            )
+            micro_batch = smaller
+
+    def _sample_in(
+        self, micro_batch: int, model: Denoiser, schedule: NoiseSchedule, request: ReplayRequest, shard: int
     ) -> list[TrajectoryBatch] | None:
-        """Always the same micro-batches, so that a shard made again has the same bytes; None when told to stop."""
         first, count = shard * request.shard_trajectories, request.shard_trajectories
         batches: list[TrajectoryBatch] = []
         with torch.inference_mode():
-            for start in range(0, count, request.sampler_batch):
+            for start in range(0, count, micro_batch):
                 if self.stop.is_set():
                     return None
-                stop = min(start + request.sampler_batch, count)
+                stop = min(start + micro_batch, count)
                 indices = np.arange(first + start, first + stop, dtype=np.int64)
-                batches.append(sample_trajectories(model, schedule, request, indices, self.device))
+                batches.append(sample_trajectories(model, schedule, request, indices, self.device, self._sampling))
         return batches
+
+    def _sampling(self) -> None:
+        self.beat("sampling")
 
     def _open_teacher(self, request: ReplayRequest) -> tuple[Denoiser, NoiseSchedule]:
         if self._teacher is None or self._teacher[0] != request.teacher_id:
@@ -204,75 +291,62 @@ class Sampler:
             self._teacher = (request.teacher_id, *open_teacher(self.run, request, self.device))
         return self._teacher[1], self._teacher[2]
 
-    def _open_manifest(self) -> Manifest:
-        assert self._manifest is not None
-        return self._manifest
+    def _open_pool(self) -> Pool:
+        assert self._pool is not None
+        return self._pool
 
-    def _tidy(self, manifest: Manifest) -> None:
-        """After a crash: finish what it left half done among this worker's shards."""
-        manifest.refresh()
-        directory = manifest.path.parent
-        for path in directory.glob(".replay-*.tmp"):
-            if self._is_mine(path.name[1:].partition(".")[0]):
-                path.unlink(missing_ok=True)
-        for path in directory.glob("replay-*.tar"):
-            if self._is_mine(path.stem) and int(path.stem.removeprefix("replay-")) not in manifest.shards:
-                path.unlink(missing_ok=True)
-        for shard in [shard for shard in manifest.shards if shard % self.workers == self.worker]:
-            if not (directory / shard_name(shard)).exists():
-                self._retire(manifest, [shard])
-
-    def _is_mine(self, stem: str) -> bool:
-        number = stem.removeprefix("replay-")
-        return number.isdigit() and int(number) % self.workers == self.worker
-
-    def _retire(self, manifest: Manifest, shards: list[int]) -> None:
-        for shard in shards:
-            (manifest.path.parent / shard_name(shard)).unlink(missing_ok=True)
-            try:
-                manifest.retire(shard)
-            except OSError as error:
-                self._pause(error)
-        if shards:
-            manifest.refresh()
+    def _make_room(self, pool: Pool, limits: Limits, shard: int) -> None:
+        present = pool.present()
+        for other in limits.surplus(shard, present, pool.progress):
+            pool.retire(other)
+        if shard not in pool.manifest.shards:
+            pool.path(shard).unlink(missing_ok=True)  # corrupt, or never listed: not beside the new one
 
     def _pause(self, error: OSError) -> None:
         """Wait for room on the disk, saying so once. Raises any other error."""
         if error.errno not in FULL_DISK:
             raise error
-        self._warn(f"{self.run.root}: {error.strerror}: the sampler waits for room on the disk")
+        if not self._paused:
+            self._paused = True
+            self.events.add(Event.disk_full, worker=self.worker, reason=error.strerror)
+            say(self.worker, f"{self.run.root}: {error.strerror}: waits for room on the disk")
         self.beat("disk full")
-        self.stop.wait(1.0)
-
-    def _warn(self, text: str) -> None:
-        if text in self._warned:
-            return
-        self._warned.add(text)
-        try:
-            print(f"sampler {self.worker}: {text}", file=sys.stderr, flush=True)
-        except OSError:
-            return  # the log lies on the same disk
+        self.stop.wait(PAUSE_SECONDS)
 
 
-def serve(run: RunDir, worker: int, workers: int, device: str, threads: int, *, supervised: bool = False) -> None:
-    """Run sampler `worker` of `workers` for a run directory until the run is finished or SIGTERM comes.
+def serve(
+    run: RunDir,
+    worker: int,
+    workers: int,
+    device: str,
+    threads: int,
+    *,
+    by_hand: bool = False,
+    alive: Callable[[], None] = lambda: None,
+) -> None:
+    """Run sampler `worker` of `workers` for a run directory until SIGTERM comes, or `by_hand` until the run ends.
+
+    Where another sampler has this number it stands by and takes over when that one has ended.
 
     Raises:
-        UserError: another sampler has this number, no such device, or a teacher that is not the request's.
+        UserError: no such device, a teacher that is not the request's, or, `by_hand`, a number that is taken.
     """
     assert 0 <= worker < workers, "checked by the command line"
-    target = open_device(device)
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = False  # its choice of algorithm would differ from process to process
-    with worker_lock(run.sampler_lock(worker), worker):
-        sampler = Sampler(run, worker, workers, target, supervised=supervised)
+    stop = threading.Event()
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            sampler.stop.set()
+    def end(number: int, frame: FrameType | None) -> None:
+        stop.set()
 
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
-        sampler.serve()
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    path = run.sampler_lock(worker)
+    wait = refuse(path, worker, stop) if by_hand else stand_by(worker, stop, alive)
+    with worker_lock(path, wait) as held:
+        if held:
+            target = open_device(device)
+            torch.set_num_threads(threads)
+            torch.backends.cudnn.benchmark = False  # its choice of algorithm would differ from process to process
+            Sampler(run, worker, workers, target, by_hand=by_hand, alive=alive, stop=stop).serve()
 
 
 def open_device(name: str) -> torch.device:
@@ -284,20 +358,3 @@ def open_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not on this machine ({reason})") from None
     return device
-
-
-@contextmanager
-def worker_lock(path: Path, worker: int) -> Iterator[None]:
-    """One sampler per number and run directory. Raises UserError where another holds the lock."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + LOCK_SECONDS
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"{path}: another sampler --worker {worker} serves this run directory") from None
-                time.sleep(POLL_SECONDS)
-        yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -63,15 +63,21 @@ def point_seeds(request: ReplayRequest, purpose: str, indices: Int64) -> Int64:
 
 @torch.no_grad()
 def sample_trajectories(
-    model: nn.Module, schedule: NoiseSchedule, request: ReplayRequest, indices: Int64, device: torch.device
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    request: ReplayRequest,
+    indices: Int64,
+    device: torch.device,
+    alive: Callable[[], None] | None = None,
 ) -> TrajectoryBatch:
     """Run the teacher along the trajectories `indices` (B,) and take their replay points.
 
     Equal bytes on one kind of device need equal batches: callers always cut a shard into the same micro-batches.
+    `alive` is called at every evaluation of the network.
     """
     start = _trajectory_seeds(request, "start", indices, device)
     label = torch.from_numpy(trajectory_labels(request, indices)).to(device)
-    predict = teacher_call(model, request, device)
+    predict = teacher_call(model, request, device, alive)
     grid = timestep_grid(
         schedule.timesteps,
         request.steps,
@@ -119,14 +125,18 @@ def renoise(
     return add_noise(end, seeds, t, schedule.signal, schedule.sigma, flip=None, predict_v=predict_v, dtype=dtype)
 
 
-def teacher_call(model: nn.Module, request: ReplayRequest, device: torch.device) -> Predict:
-    """The teacher in the request's precision, its prediction in fp32."""
+def teacher_call(
+    model: nn.Module, request: ReplayRequest, device: torch.device, alive: Callable[[], None] | None = None
+) -> Predict:
+    """The teacher in the request's precision, its prediction in fp32; `alive` is called before each evaluation."""
     dtype = _AUTOCAST.get(request.precision)
 
     def precision() -> AbstractContextManager[object]:
         return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
     def predict(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        if alive is not None:
+            alive()
         with precision():
             return model(x, t, label).float()
 
