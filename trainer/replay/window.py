@@ -58,8 +58,8 @@ class Limits:
     def surplus(self, shard: int, present: Collection[int], progress: Progress) -> list[int]:
         """Of the shards `present`, what must go before `shard` is published, so that no more than `capacity` remain.
 
-        What is left, beside those kept, lies within `capacity - len(kept)` successive places, also when other samplers
-        publish other shards of `room` at the same time.
+        What is left, beside those kept, lies within as many successive places as `room` has at most, also when other
+        samplers publish other shards of `room` at the same time.
         """
         room = self._beside_kept(progress)
         end = progress.released + room
@@ -69,7 +69,11 @@ class Limits:
         )
 
     def _beside_kept(self, progress: Progress) -> int:
-        return max(1, self.capacity - len(progress.kept))
+        """Places from `released` on, so that they and the shards kept elsewhere are `capacity` together."""
+        kept, released = progress.kept, progress.released
+        before = max(0, min(kept.stop, released) - kept.start)
+        places = self.capacity - before
+        return max(1, places if kept.stop <= released + places else self.capacity - len(kept))
 
 
 class Filling:
