@@ -208,9 +208,11 @@ def test_by_hand_it_ends_when_the_run_is_finished(workplace: Any, monkeypatch: p
     ("arguments", "word"),
     [
         (("--worker", "2", "--workers", "2"), "--worker 2: must be 0 to 1"),
-        (("--device", "nonsense"), "--device nonsense"),
         (("--threads", "0"), "threads"),
         (("--sloth", "1"), "sloth"),
+        (("--restarts", "-1"), "restarts"),
+        (("--hang-timeout", "0"), "hang-timeout"),
+        (("--hang-timeout", "nan"), "hang-timeout"),
     ],
 )
 def test_wrong_arguments_are_user_errors(workplace: Any, arguments: tuple[str, ...], word: str) -> None:
