@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from .zygote import ROOT, Job, Ranks, free_port, start_server
+
 TINY: dict[str, Any] = {
     "data": {"name": "digits", "source": "digits", "classes": 10, "image_size": 8, "channels": 1},
     "model": {"channels": [8, 8], "norm_groups": 4},
@@ -26,19 +29,45 @@ TINY: dict[str, Any] = {
     "checkpoint": {"every_images": 32},
 }
 TASKS = "data.tasks=[[0,1],[2,3]]"
+COLD = (sys.executable,)  # a `launcher` that starts one new interpreter
+TRAIN = ("--config", "tiny.yaml")
 
 
 @dataclass
 class Workplace:
-    """A folder with the tiny configuration, in which commands are run as a person would."""
+    """A folder with the tiny configuration, in which commands are run as a person would.
+
+    Without a launcher they are forked from a process that has imported everything (see `zygote`).
+    """
 
     path: Path
-    started: list[subprocess.Popen[str]] = field(default_factory=list)
+    settings: Mapping[str, Any] = field(default_factory=lambda: TINY)
+    started: list[subprocess.Popen[str] | Job] = field(default_factory=list)
 
-    def start(self, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        """Train; `launcher` empty: one process without a launcher."""
-        command = [*(launcher or (sys.executable,)), str(ROOT / "launch" / "train.py"), "--config", "tiny.yaml"]
-        return self.spawn([*command, *arguments])
+    def __post_init__(self) -> None:
+        (self.path / "output").mkdir(parents=True)
+        (self.path / "tiny.yaml").write_text(yaml.safe_dump(dict(self.settings)))
+
+    def start(self, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str] | Job:
+        """Train, in one process or with a launcher's command line."""
+        if not launcher:
+            return self.fork("train.py", *TRAIN, *arguments)
+        return self.spawn([*launcher, str(ROOT / "launch" / "train.py"), *TRAIN, *arguments])
+
+    def ranks(self, count: int, *arguments: str) -> Ranks:
+        """Train on forked ranks, which need no launcher to meet."""
+
+        def start(environ: Mapping[str, str], own: Sequence[str]) -> Job:
+            return self.fork("train.py", *own, *TRAIN, *arguments, environ=environ)
+
+        return Ranks(start, count)
+
+    def fork(self, script: str, *arguments: str, environ: Mapping[str, str] | None = None) -> Job:
+        """Start an entry point of launch/."""
+        output = self.path / "output" / str(len(self.started))
+        job = Job(script, arguments, self.path, output, environ or {})
+        self.started.append(job)
+        return job
 
     def spawn(self, command: list[str]) -> subprocess.Popen[str]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
@@ -57,15 +86,11 @@ class Workplace:
 
     def run(self, *arguments: str, launcher: tuple[str, ...] = (), timeout: float = 150) -> tuple[int, str]:
         """Exit code and all that was printed."""
-        process = self.start(*arguments, launcher=launcher)
-        output, _ = process.communicate(timeout=timeout)
-        return process.returncode, output
+        return finish(self.start(*arguments, launcher=launcher), timeout)
 
     def tool(self, script: str, *arguments: str) -> tuple[int, str]:
         """Run another entry point; exit code and all that was printed."""
-        process = self.spawn([sys.executable, str(ROOT / "launch" / script), *arguments])
-        output, _ = process.communicate(timeout=120)
-        return process.returncode, output
+        return finish(self.fork(script, *arguments), 120)
 
     def metrics(self, name: str) -> dict[str, Any]:
         return json.loads((self.path / "runs" / name / "metrics.json").read_text())
@@ -75,38 +100,56 @@ class Workplace:
         card = self.path / "runs" / name / "tasks" / str(task) / "teacher" / "card.json"
         return json.loads(card.read_text())["teacher_id"]
 
+    def processes(self) -> list[psutil.Process]:
+        """Whatever works in this folder, started here or by what was started here."""
+        found: list[psutil.Process] = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if Path(process.cwd()) == self.path and process.pid != os.getpid():
+                    found.append(process)
+        return found
+
     def close(self) -> None:
         for process in self.started:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                process.kill()
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+
+
+def finish(process: subprocess.Popen[str] | Job, timeout: float) -> tuple[int, str]:
+    """Wait; exit code and all that was printed."""
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode is not None
+    return process.returncode, output
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    path = tmp_path_factory.mktemp("workplace")
-    (path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    place = Workplace(path)
+def zygote() -> None:
+    """Needed by whatever forks jobs."""
+    start_server()
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory, zygote: None) -> Iterator[Workplace]:
+    place = Workplace(tmp_path_factory.mktemp("end-to-end") / "workplace")
     yield place
     place.close()
 
 
 @pytest.fixture(scope="session")
-def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[str, ...]]:
+def deepspeed() -> Callable[[int], tuple[str, ...]]:
     """The launcher's command line for a number of ranks."""
-    import socket
 
     def command(ranks: int) -> tuple[str, ...]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         script = Path(sys.executable).parent / "deepspeed"
-        return (sys.executable, str(script), "--num_gpus", str(ranks), "--master_port", str(port))
+        return (sys.executable, str(script), "--num_gpus", str(ranks), "--master_port", str(free_port()))
 
     return command
 
 
-def wait_until_published(path: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:
+def wait_until_published(path: Path, process: subprocess.Popen[str] | Job, seconds: float = 90) -> None:
     """Wait for a file of a run that is going on."""
     limit = time.monotonic() + seconds
     while not path.exists():
