@@ -51,6 +51,15 @@ class RunDir:
     def log(self, attempt: int) -> Path:
         return self.root / "logs" / f"attempt-{attempt}"
 
+    def newest_attempt(self) -> int:
+        """The number of the start whose log directory was made last; 0 before the first."""
+        numbers = [path.name.rpartition("-")[2] for path in self.log(0).parent.glob("attempt-*")]
+        return max((int(number) for number in numbers if number.isdigit()), default=0)
+
+    def seen_samples(self, attempt: int, rank: int) -> Path:
+        """Keys of the images that each step of an attempt took on a trainer rank (`tracking.seen_samples`)."""
+        return self.log(attempt) / f"seen-rank-{rank}.jsonl"
+
     def task(self, task: int) -> Path:
         return self.root / "tasks" / str(task)
 
