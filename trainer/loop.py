@@ -6,6 +6,7 @@ import gc
 import math
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from trainer.run import RunDir
 from trainer.seeds import derive, hash_keys
 from trainer.steps import checkpoint_interval, fresh_model, micro_batches, replay_metrics, steps_per_task
 from trainer.stop import Stopped, StopRequest
+from trainer.tracking.trace import trace_samples
 from trainer.tracking.tracker import Tracker
 from trainer.world import World
 
@@ -97,13 +99,17 @@ class Trainer:
             self.engine.reset_moments()
         self.request_replay(task)
         with ExitStack() as stack:
-            stream = stack.enter_context(self._stream(self._real_data(task), task, self.config.train.global_batch))
+            data = self._real_data(task)
+            stream = stack.enter_context(self._stream(data, task, self.config.train.global_batch))
             # A joint task sees the images of earlier tasks again, from epoch 0: it must not draw the same noise again.
             self.prepare = self._preparer(f"current/{task}" if self.method.all_tasks else "current")
             replay = self._replay(task, stack)
             self.tracker.start_task(task, self.seen)
             began = time.perf_counter()
-            for batch in stream:
+            batches: Iterable[HostBatch] = stream
+            if self.config.tracking.seen_samples:
+                batches = trace_samples(stream, data, self.run, self.world, task, self.position.step)
+            for batch in batches:
                 self.step(task, self.position.step, batch, replay)
                 self.position.step += 1
                 now = time.perf_counter()
