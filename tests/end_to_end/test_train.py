@@ -17,11 +17,11 @@ from .conftest import COLD, TASKS, Workplace, finish, wait_until_published
 Launcher = Callable[[int], tuple[str, ...]]
 
 
-def run_with_teacher(workplace: Workplace, name: str, *arguments: str) -> None:
+def run_with_teacher(workplace: Workplace, name: str, *arguments: str, ranks: int = 1) -> None:
     """A run that succeeds, with a sampler that is started beside it, not by it, and ends with it."""
     sampler = workplace.fork("teacher.py", "--run", f"runs/{name}")
-    code, output = workplace.run(f"run.name={name}", "replay.placement=external", *arguments)
-    assert code == 0, output
+    trainers = workplace.ranks(ranks, f"run.name={name}", "replay.placement=external", *arguments)
+    assert trainers.wait(150) == 0, trainers.printed()
     assert sampler.wait() == 0, sampler.printed()
 
 
@@ -117,12 +117,11 @@ def test_sigterm_saves_and_says_how_to_go_on(workplace: Workplace, whole: str) -
     assert workplace.teacher_id("stopped", 2) == workplace.teacher_id("whole", 2)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_two_ranks_under_the_launcher(workplace: Workplace, whole: str, deepspeed: Launcher, stage: int) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_learn_what_one_does(workplace: Workplace, whole: str, stage: int) -> None:
     """The same counts and, within rounding, the same measures as one process."""
     name = f"ranks-{stage}"
-    code, output = workplace.run(f"run.name={name}", TASKS, f"zero.stage={stage}", launcher=deepspeed(2))
-    assert code == 0, output
+    run_with_teacher(workplace, name, TASKS, f"zero.stage={stage}", ranks=2)
     result, reference = workplace.metrics(name), workplace.metrics("whole")
     assert result["cost"]["teacher_evaluations"] == reference["cost"]["teacher_evaluations"]
     assert result["final"]["fd"] == pytest.approx(reference["final"]["fd"], rel=1e-2)
