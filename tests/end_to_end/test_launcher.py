@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from trainer.position import newest_checkpoint
 
 from .conftest import TASKS, TINY, wait_until_published
 from .endurance import SECONDS, Run
@@ -79,6 +82,37 @@ def test_killed_job_leaves_no_orphan_and_ends_with_the_same_weights(
         process.communicate(timeout=SECONDS)
         assert wait_until_gone(run) == []
         assert not run.directory.metrics.exists(), "killed too late"
+        assert go_on(run) == twin
+    finally:
+        run.place.close()
+
+
+@pytest.mark.parametrize(
+    ("victim", "number", "placement", "ranks"),
+    [
+        ("runner", signal.SIGTERM, "subprocess", 2),
+        pytest.param("runner", signal.SIGUSR1, "subprocess", 2, marks=pytest.mark.slow),
+        pytest.param("launcher", signal.SIGTERM, "subprocess", 2, marks=pytest.mark.slow),
+        pytest.param("launcher", signal.SIGUSR1, "ranks", 3, marks=pytest.mark.slow),
+        pytest.param("rank", signal.SIGTERM, "ranks", 3, marks=pytest.mark.slow),
+        pytest.param("rank", signal.SIGUSR1, "subprocess", 2, marks=pytest.mark.slow),
+        pytest.param("all", signal.SIGTERM, "ranks", 3, marks=pytest.mark.slow),  # as a scheduler signals a job
+        pytest.param("all", signal.SIGUSR1, "subprocess", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_signal_to_any_process_saves_and_says_how_to_go_on(
+    tmp_path: Path, deepspeed: Launcher, twin: list[str], victim: str, number: int, placement: str, ranks: int
+) -> None:
+    run = Run(tmp_path / "run", SETTINGS, steps=STEPS, sampler=True)
+    try:
+        process = run.place.start("run.name=run", TASKS, f"replay.placement={placement}", launcher=deepspeed(ranks))
+        wait_until_published(run.directory.checkpoints(2) / "step-00000008", process)
+        send(run, victim, process.pid, number)
+        output, _ = process.communicate(timeout=SECONDS)
+        assert wait_until_gone(run) == []
+        said = re.findall(r"stopped and saved in task 2 after (\d+) images; the same command goes on from here", output)
+        assert len(said) == 1, output
+        assert newest_checkpoint(run.directory, 2) == (2, int(said[0]) // 16)
         assert go_on(run) == twin
     finally:
         run.place.close()
