@@ -14,3 +14,9 @@ class ToldElsewhere(UserError):
 
 class ConfigError(UserError):
     """A configuration that cannot be run; the message names the key."""
+
+
+def one_line(value: object) -> str:
+    """What a message shows of something found in a file: one line, and no long one."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -8,21 +8,27 @@ from __future__ import annotations
 import difflib
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import Config, DataConfig, MethodName, Placement, Points, Precision, Schedule
+from trainer.data.shards import IMAGE_LIMIT
 from trainer.data.tasks import split_classes
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, one_line
+from trainer.yaml_text import Unreadable, parse_yaml, read_yaml
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 COMMAND_LINE = "command line"
+SECTIONS = asdict(Config())
+Setting = tuple[str, Any]  # section.key and its value
+LARGEST = {"data.classes": 10**6, "data.image_size": IMAGE_LIMIT, "diffusion.timesteps": 10**6}  # sized in memory
 
 # What may differ between two attempts of one run: nothing here changes which model is trained.
 # data.tasks is compared by its own rule: the old tasks must be a prefix of the new ones.
@@ -70,11 +76,15 @@ FREE_KEYS = (
 
 def find_config(name: str) -> Path:
     """A path as given, then `configs/<name>` and `configs/<name>.yaml`."""
-    for path in (Path(name), Path("configs") / name, CONFIG_DIR / name, CONFIG_DIR / f"{name}.yaml"):
-        if path.is_file():
-            return path
+    candidates = (Path(name), Path("configs") / name, CONFIG_DIR / name, CONFIG_DIR / f"{name}.yaml")
+    try:
+        found = next((path for path in candidates if path.is_file()), None)
+    except (OSError, ValueError) as error:  # a name that no file can have, a folder that may not be entered
+        raise ConfigError(f"--config {one_line(name)}: {one_line(error)}") from None
+    if found is not None:
+        return found
     known = ", ".join(sorted(path.name for path in CONFIG_DIR.glob("*.yaml"))) or "none"
-    raise ConfigError(f"--config {name}: no such file, here or in configs/ (there: {known})")
+    raise ConfigError(f"--config {one_line(name)}: no such file, here or in configs/ (there: {known})")
 
 
 def load_config(name: str, overrides: list[str]) -> Config:
@@ -84,8 +94,7 @@ def load_config(name: str, overrides: list[str]) -> Config:
         ConfigError: one line naming file and key.
     """
     path = find_config(name)
-    merged = OmegaConf.structured(Config)
-    merged = _merge(merged, _read_yaml(path), str(path))
+    merged = _merge(_defaults(), _read_file(path), str(path))
     merged = _merge(merged, _read_dotlist(overrides), COMMAND_LINE)
     config = _to_config(merged)
     if not config.run.name:
@@ -100,9 +109,9 @@ def load_config(name: str, overrides: list[str]) -> Config:
 def restore_config(path: Path) -> dict[str, Any]:
     """The resolved configuration that a run directory keeps, as plain values."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: unreadable ({_one_line(error)})") from None
+        content = read_yaml(path)
+    except Unreadable as error:
+        raise ConfigError(f"{path}: unreadable ({error})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a configuration")
     return content
@@ -110,15 +119,23 @@ def restore_config(path: Path) -> dict[str, Any]:
 
 def config_from_run(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of an existing run, from its `config.yaml`, with a dotlist over it. Raises ConfigError."""
-    merged = _merge(OmegaConf.structured(Config), OmegaConf.create(restore_config(path)), str(path))
-    config = _to_config(_merge(merged, _read_dotlist(list(overrides)), COMMAND_LINE))
+    merged = _merge(_defaults(), _settings(restore_config(path), str(path)), str(path))
+    config = _to_config(_merge(merged, _read_dotlist(overrides), COMMAND_LINE))
     check(config)
     return config
 
 
 def as_plain(config: Config) -> dict[str, Any]:
     """Nested dict of plain values (enums by name), as `config.yaml` keeps them."""
-    return cast(dict[str, Any], yaml.safe_load(OmegaConf.to_yaml(OmegaConf.structured(config))))
+    return _plain(asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 def task_classes(data: DataConfig) -> list[list[int]]:
@@ -130,13 +147,13 @@ def refused_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Keys in which a configuration differs from the run's so that it would be another run."""
     before, after = dict(_flat(old)), dict(_flat(new))
     changed = [
-        f"{key} ({before.get(key)} -> {after.get(key)})"
+        f"{one_line(key)} ({one_line(before.get(key))} -> {one_line(after.get(key))})"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not key.startswith(FREE_KEYS)
     ]
     tasks = before.get("data.tasks", [])
-    if after["data.tasks"][: len(tasks)] != tasks:
-        changed.append(f"data.tasks (the run's {tasks} must come first)")
+    if not isinstance(tasks, list) or after["data.tasks"][: len(tasks)] != tasks:
+        changed.append(f"data.tasks (the run's {one_line(tasks)} must come first)")
     return changed
 
 
@@ -214,6 +231,8 @@ def _check_numbers(config: Config) -> None:
     values = dict(_flat(asdict(config)))
     for key, value in values.items():
         _require(not isinstance(value, float) or math.isfinite(value), key, value, "is no finite number")
+    for key, limit in LARGEST.items():
+        _require(values[key] <= limit, key, values[key], f"must not be above {limit}")
     for key in positive.split():
         _require(values[key] > 0, key, values[key], "must be above 0")
     for key in natural.split():
@@ -311,53 +330,87 @@ def _require(holds: bool, key: str, value: object, why: str) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def _read_yaml(path: Path) -> DictConfig:
+@lru_cache(maxsize=1)
+def _defaults() -> Any:
+    """What everything is merged over; merging leaves it as it is."""
+    return OmegaConf.structured(Config)
+
+
+def _read_file(path: Path) -> Iterator[Setting]:
     try:
-        content = yaml.safe_load(path.read_text())
-        created = OmegaConf.create(content or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: not readable as YAML ({_one_line(error)})") from None
-    if not isinstance(created, DictConfig):
-        raise ConfigError(f"{path}: holds no sections")
-    return created
+        content = read_yaml(path)
+    except Unreadable as error:
+        raise ConfigError(f"{path}: not readable as YAML ({error})") from None
+    return _settings({} if content is None else content, str(path))
 
 
-def _read_dotlist(overrides: list[str]) -> DictConfig:
+def _settings(content: Any, where: str) -> Iterator[Setting]:
+    """The settings of a file's sections; an empty section is none."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where}: holds no sections")
+    for section, values in content.items():
+        if section not in SECTIONS:
+            first = next(iter(values), "") if isinstance(values, dict) else ""
+            raise _unknown(f"{section}.{first}".rstrip("."), where)
+        if values is not None and not isinstance(values, dict):
+            raise ConfigError(f"{where}: {section} is a section, not a value")
+        yield from ((f"{section}.{key}", value) for key, value in (values or {}).items())
+
+
+def _unknown(name: str, where: str) -> ConfigError:
+    known = [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys]
+    near = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.0)
+    return ConfigError(f"{where}: unknown key {one_line(name)}; did you mean {near[0]}?")
+
+
+def _read_dotlist(overrides: Sequence[str]) -> Iterator[Setting]:
     for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
-    # An empty value means an empty string here, where OmegaConf would read null.
-    overrides = [f"{override}''" if override.endswith("=") else override for override in overrides]
-    try:
-        return OmegaConf.from_dotlist(overrides)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{COMMAND_LINE}: {_one_line(error)}") from None
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{COMMAND_LINE}: {one_line(repr(override))} is not of the form section.key=value")
+        try:
+            yield name, parse_yaml(text) if text else ""  # an empty value is an empty string
+        except Unreadable as error:
+            raise ConfigError(f"{COMMAND_LINE}: {one_line(name)}: not readable as YAML ({error})") from None
 
 
-def _merge(base: Any, extra: DictConfig, where: str) -> Any:
-    known = {key for key, _ in _flat(asdict(Config()))}
-    sections = set(asdict(Config()))
-    for key, value in _flat(OmegaConf.to_container(extra)):
-        if key in sections:
-            if value in (None, {}):
-                continue
-            raise ConfigError(f"{where}: {key} is a section, not a value")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise ConfigError(f"{where}: unknown key {key}; did you mean {near[0]}?")
-    extra = OmegaConf.create({key: value for key, value in extra.items() if value is not None})
+def _merge(base: Any, settings: Iterable[Setting], where: str) -> Any:
+    """Put settings over a configuration, the last of a name winning; nothing in them is resolved."""
+    extra: dict[str, dict[str, Any]] = {}
+    for name, value in settings:
+        section, _, key = name.partition(".")
+        if name in SECTIONS:
+            raise ConfigError(f"{where}: {name} is a section, not a value")
+        if key not in SECTIONS.get(section, {}):
+            raise _unknown(name, where)
+        problem = _problem(value)
+        if problem:
+            raise ConfigError(f"{where}: {name}: {problem}")
+        extra.setdefault(section, {})[key] = value
     try:
         return OmegaConf.merge(base, extra)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or ", ".join(key for key, _ in _flat(OmegaConf.to_container(extra)))
-        raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{where}: {getattr(error, 'full_key', None) or 'a value'}: {one_line(error)}") from None
+
+
+def _problem(value: Any) -> str:
+    """Why a value cannot be any setting's; empty where it may be one."""
+    if isinstance(value, list):
+        return next(filter(None, map(_problem, value)), "")
+    if isinstance(value, dict):
+        return "is a value, not a section"
+    if isinstance(value, str) and "${" in value:
+        return "${...} is not resolved here: write the value out"
+    if isinstance(value, str) and not value.isprintable():
+        return f"{one_line(repr(value))} holds characters that do not print"
+    return "??? says that it is missing: give a value" if value == "???" else ""
 
 
 def _to_config(merged: Any) -> Config:
     try:
         return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {_one_line(error)}") from None
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {one_line(error)}") from None
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -367,7 +420,3 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{name}.")
         else:
             yield name, value
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -13,7 +13,7 @@ from trainer.config import Verify
 from trainer.data.files import FilePool
 from trainer.data.images import decode_image, image_extension
 from trainer.data.shards import DatasetCard, ShardEntry, SplitIndex, check_shard, read_card, read_index, task_directory
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 from trainer.seeds import hash_keys
 
 KEY = "key data.root"  # what a person changes when shards are not as they should be
@@ -190,7 +190,7 @@ def _check_labels(path: Path, entry: ShardEntry, index: SplitIndex) -> None:
         raise UserError(f"{path}: the index has no labels for it")
     strangers = set(entry.labels) - set(index.classes)
     if strangers:
-        raise UserError(f"{path}: classes {sorted(strangers)} are not of task {index.task}")
+        raise UserError(f"{path}: classes {one_line(sorted(strangers))} are not of task {index.task}")
 
 
 def _locate(directory: Path, index: SplitIndex) -> tuple[list[str], NDArray[np.int64]]:
@@ -200,7 +200,8 @@ def _locate(directory: Path, index: SplitIndex) -> tuple[list[str], NDArray[np.i
         for key, members in zip(entry.keys, entry.offsets, strict=True):
             extension = image_extension(members)
             if extension is None:
-                raise UserError(f"{directory / entry.name}: sample {key}: members {sorted(members)} hold not one image")
+                found = one_line(sorted(members))
+                raise UserError(f"{directory / entry.name}: sample {key}: members {found} hold not one image")
             spans[len(extensions)] = (number, *members[extension])
             extensions.append(extension)
     return extensions, spans

@@ -29,7 +29,7 @@ class FilePool:
         weakref.finalize(self, _close_all, self._handles)
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset`; fewer at the end of the file. Raises OSError."""
+        """`size` bytes at `offset`; fewer at the end of the file. Raises OSError; a pipe is not waited for."""
         with self._opened(path) as descriptor:
             return os.pread(descriptor, size, offset)
 
@@ -40,7 +40,7 @@ class FilePool:
     @contextmanager
     def _opened(self, path: Path) -> Generator[int, None, None]:
         with self._lock:
-            handle = self._handles.pop(path, None) or _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            handle = self._handles.pop(path, None) or _Handle(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             self._handles[path] = handle
             handle.users += 1
         try:

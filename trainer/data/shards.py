@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import stat
 import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -20,12 +21,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 INDEX_NAME = "index.json"
 DATASET_NAME = "dataset.json"
 SCHEMA_VERSION = 1
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")  # of a shard's file
+IMAGE_LIMIT = 4096  # pixels along an edge
+MEMBER_LIMIT = 1 << 28  # bytes of one member: more than any image of that size has
+INDEX_LIMIT = 1 << 30  # bytes of an index: ten million samples
+# What tarfile raises for bytes that are no tar; its parsers of extended headers leak more than its own errors.
+TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, RecursionError, MemoryError)
 LABEL_EXTENSION = "cls"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # errors that pass once there is room again
 
@@ -183,16 +190,17 @@ def read_index(directory: Path) -> SplitIndex:
     try:
         shards = [ShardEntry(**entry) for entry in content.pop("shards")]
         index = SplitIndex(shards=shards, **content)
-        _check_lists(path, index.classes, index.names)
-        _check_fields(path, [index.task, index.image_size, index.channels, *index.classes], [index.split, *index.names])
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not a shard index ({error})") from None
-    if index.schema != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema {index.schema}, this program reads {SCHEMA_VERSION}: build elsewhere")
-    for entry in index.shards:
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path}: not a shard index ({one_line(error)})") from None
+    _check_schema(path, index.schema)
+    _check_lists(path, index.classes, index.names)
+    numbers = [index.task, index.image_size, index.channels, *index.classes]
+    _check_fields(path, numbers, [index.dataset, index.split, index.format, *index.names], index.spec)
+    _check_shape(path, index.image_size, index.channels)
+    for number, entry in enumerate(index.shards):
         problem = _entry_problem(entry)
         if problem:
-            raise UserError(f"{path}: shard {entry.name!r}: {problem}")
+            raise UserError(f"{path}: shard {number}: {problem}")
     return index
 
 
@@ -205,22 +213,27 @@ def read_card(root: Path) -> DatasetCard:
     path = root / DATASET_NAME
     try:
         card = DatasetCard(**_read_json(path))
-        _check_lists(path, card.classes, card.tasks, *card.tasks)
-        _check_fields(path, [card.image_size, card.channels], [card.name, *card.classes])
-        _check_fields(path, [class_id for task in card.tasks for class_id in task], [])
     except TypeError as error:
-        raise UserError(f"{path}: not a data set card ({error})") from None
-    if card.schema != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema {card.schema}, this program reads {SCHEMA_VERSION}: build elsewhere")
+        raise UserError(f"{path}: not a data set card ({one_line(error)})") from None
+    _check_schema(path, card.schema)
+    _check_lists(path, card.classes, card.tasks)
+    _check_lists(path, *card.tasks)
+    ids = [class_id for task in card.tasks for class_id in task]
+    _check_fields(path, [card.image_size, card.channels, *ids], [card.name, card.format, *card.classes], card.spec)
+    _check_shape(path, card.image_size, card.channels)
+    if not all(0 <= class_id < len(card.classes) for class_id in ids):
+        raise UserError(f"{path}: a task has a class that is not one of the {len(card.classes)} named")
     return card
 
 
 def check_shard(path: Path, entry: ShardEntry, *, sha256: bool) -> None:
     """Raise UserError, naming the file, where a shard is missing, of another size or (`sha256`) of other content."""
     try:
-        size = path.stat().st_size
-        if size != entry.bytes:
-            raise UserError(f"{path}: {size} bytes, {entry.bytes} expected")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file")
+        if status.st_size != entry.bytes:
+            raise UserError(f"{path}: {status.st_size} bytes, {entry.bytes} expected")
         if sha256 and sha256_file(path) != entry.sha256:
             raise UserError(f"{path}: corrupt (its sha256 is not the one of the index)")
     except FileNotFoundError:
@@ -229,34 +242,68 @@ def check_shard(path: Path, entry: ShardEntry, *, sha256: bool) -> None:
         raise UserError(f"{path}: unreadable ({error})") from None
 
 
+def read_regular(path: Path, limit: int) -> bytes:
+    """A small file's bytes; what a pipe or a device would give is never waited for.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger than `limit` bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"larger than {limit} bytes", str(path))
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    finally:
+        os.close(descriptor)
+
+
+def _check_schema(path: Path, schema: object) -> None:
+    if type(schema) is not int or schema != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema {one_line(schema)}, this program reads {SCHEMA_VERSION}: build elsewhere")
+
+
+def _check_shape(path: Path, image_size: int, channels: int) -> None:
+    if not 0 < image_size <= IMAGE_LIMIT or channels not in (1, 3):
+        raise UserError(f"{path}: images of {channels} channels and size {image_size} are not possible")
+
+
 def _check_lists(path: Path, *values: object) -> None:
     if not all(isinstance(value, list) for value in values):
         raise UserError(f"{path}: a field that should be a list is none")
 
 
-def _check_fields(path: Path, numbers: Sequence[object], texts: Sequence[object]) -> None:
+def _check_fields(path: Path, numbers: Sequence[object], texts: Sequence[object], spec: object) -> None:
     """Refuse a file of ours whose fields are of other types than we write."""
-    if not all(isinstance(number, int) for number in numbers) or not all(isinstance(text, str) for text in texts):
+    fit = all(_is_int64(number) for number in numbers) and all(isinstance(text, str) for text in texts)
+    if not fit or not isinstance(spec, dict):
         raise UserError(f"{path}: a field has a wrong type")
+
+
+def _is_int64(value: object) -> bool:
+    """Whether it is a whole number (true and false are none) that fits arrays."""
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def _entry_problem(entry: ShardEntry) -> str:
     """What is wrong with an entry read from a file; empty when it can be trusted to be well formed."""
     read: Any = entry  # its fields may hold anything
-    if not isinstance(read.name, str) or Path(entry.name).name != entry.name:
+    if not isinstance(read.name, str) or not NAME_PATTERN.fullmatch(read.name):
         return "its name is not a plain file name"
     if not all(isinstance(values, list) for values in (read.keys, read.offsets, read.labels)):
         return "keys, offsets or labels are no lists"
-    if not all(isinstance(number, int) for number in (read.count, read.bytes, *read.labels)):
+    if not all(_is_int64(number) for number in (read.count, read.bytes, *read.labels)):
         return "count, bytes or a label is not a whole number"
     if not len(entry.keys) == len(entry.offsets) == entry.count or len(entry.labels) not in (0, entry.count):
         return "keys, offsets, labels and count do not agree"
-    for key, spans in zip(read.keys, read.offsets, strict=True):
-        if not isinstance(key, str) or not isinstance(spans, dict):
-            return f"sample {key!r} is malformed"
-        for span in cast("dict[object, object]", spans).values():
-            if not _valid_span(span, entry.bytes):
-                return f"sample {key!r}: member {span} lies outside the shard"
+    for number, (key, spans) in enumerate(zip(read.keys, read.offsets, strict=True)):
+        if not isinstance(key, str) or not KEY_PATTERN.fullmatch(key) or not isinstance(spans, dict):
+            return f"sample {number} is malformed"
+        if not all(_valid_span(span, entry.bytes) for span in cast("dict[object, object]", spans).values()):
+            return f"sample {one_line(key)}: a member lies outside the shard, or is larger than any image"
     return ""
 
 
@@ -265,7 +312,9 @@ def _valid_span(span: object, limit: int) -> bool:
     if len(values) != 2:
         return False
     first, size = values
-    return isinstance(first, int) and isinstance(size, int) and first >= 0 <= size and first + size <= limit
+    if not (isinstance(first, int) and isinstance(size, int)):
+        return False
+    return first >= 0 and 0 <= size <= MEMBER_LIMIT and first + size <= limit
 
 
 def sha256_file(path: Path) -> str:
@@ -283,11 +332,11 @@ def _padded(size: int) -> int:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path, INDEX_LIMIT))
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: unreadable ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
     return cast("dict[str, Any]", content)

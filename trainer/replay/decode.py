@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.data.shards import TAR_ERRORS
+from trainer.errors import one_line
 from trainer.replay.request import REQUEST_SCHEMA, ReplayRequest
 
 Float16 = NDArray[np.float16]
@@ -72,8 +74,8 @@ def decode(request: ReplayRequest, shard: int, data: bytes) -> DecodedShard:
                     arrays[name].append(_array(_member(tar, data, f"{key}.{name}"), shape))
             if tar.next() is not None:
                 raise Corrupt("more members than a shard has")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise Corrupt(f"not a tar ({error})") from None
+    except TAR_ERRORS as error:
+        raise Corrupt(f"not a tar ({one_line(error)})") from None
     stacked = {name: np.stack(parts) for name, parts in arrays.items()}
     return DecodedShard(
         label=np.array([record["label"] for record in records], dtype=np.int64),
@@ -88,7 +90,7 @@ def _member(tar: tarfile.TarFile, data: bytes, name: str) -> bytes:
     """The next member, which must be this regular file. Nothing is ever extracted to a path."""
     member = tar.next()
     if member is None or member.name != name or not member.isreg():
-        raise Corrupt(f"member {name} expected, {member.name if member else 'the end'} found")
+        raise Corrupt(f"member {name} expected, {one_line(repr(member.name)) if member else 'the end'} found")
     return data[member.offset_data : member.offset_data + member.size]
 
 
@@ -107,6 +109,8 @@ def _record(data: bytes, trajectory: int, request: ReplayRequest) -> dict[str, A
         raise Corrupt(f"trajectory {trajectory}: a seed is not a 64-bit number")
     if not all(0 <= t < request.timesteps for t in record["timesteps"]):
         raise Corrupt(f"trajectory {trajectory}: a timestep lies outside the schedule")
+    if record["label"] not in (request.classes if request.conditional else [-1]):
+        raise Corrupt(f"trajectory {trajectory}: label {record['label']} is no class of the teacher's")
     if record.get("trajectory") != trajectory or len(record["seeds"]) != request.points_per_trajectory:
         raise Corrupt(f"trajectory {trajectory}: holds another's record")
     return record
