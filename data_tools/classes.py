@@ -6,7 +6,10 @@ from pathlib import Path
 
 from data_tools.sources import Source, open_source
 from data_tools.spec import BuildSpec
+from trainer.data.shards import read_regular
 from trainer.errors import ConfigError
+
+LIST_LIMIT = 1 << 26  # bytes of a class list
 
 
 class ClassView:
@@ -39,7 +42,7 @@ def read_class_list(path: str) -> list[str]:
         ConfigError: a list that is missing, empty or names a class twice.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").rstrip().splitlines()
+        lines = read_regular(Path(path).expanduser(), LIST_LIMIT).decode().rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.class_list={path}: unreadable ({error})") from None
     names = [line.strip() for line in lines]

@@ -14,15 +14,17 @@ from data_tools.sources.base import SPLITS
 from trainer.data.images import decode_image, image_extension
 from trainer.data.shards import (
     LABEL_EXTENSION,
+    TAR_ERRORS,
     DatasetCard,
     ShardEntry,
     SplitIndex,
     check_shard,
     read_card,
     read_index,
+    tar_members,
     task_directory,
 )
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _shard_problems(path: Path, entry: ShardEntry, index: SplitIndex) -> list[st
     }
     if members != wanted:
         odd = sorted(dict(set(members.items()) ^ set(wanted.items())))
-        return [f"{path}: members are not where the index says ({', '.join(odd[:3])})"]
+        return [f"{path}: members are not where the index says ({one_line(', '.join(odd[:3]))})"]
     if len(entry.labels) != entry.count:
         return [f"{path}: the index has no labels for it"]
     data = path.read_bytes()
@@ -144,6 +146,6 @@ def _sample_problem(data: bytes, spans: dict[str, list[int]], label: int, index:
 def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
     try:
         with tarfile.open(path, "r:") as tar:
-            return {member.name: (member.offset_data, member.size) for member in tar}
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{path}: not a tar ({error})") from None
+            return {member.name: (member.offset_data, member.size) for member in tar_members(tar)}
+    except TAR_ERRORS as error:
+        raise UserError(f"{path}: not a tar ({one_line(error)})") from None

@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainer.data.images import PIL_ERRORS
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 from trainer.seeds import derive
 
 SPLITS = ("train", "test")
 SOURCE_KEY = "key data.source_path"
+CLASSES_LIMIT = 10**6  # a label above is damage, not a data set
+PIXEL_LIMIT = 1 << 26  # of one image: 8192 x 8192
+RATIO_LIMIT, SMALL = 200, 1 << 26  # compressed arrays that expand further, beyond so many bytes, are bombs
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # the only decoders used: others may call outside programs
 Pixels = NDArray[np.uint8]
 
@@ -93,6 +96,8 @@ def require_path(path: str, what: str) -> Path:
     found = Path(path).expanduser()
     if not found.exists():
         raise UserError(f"{found}: missing ({what}); {SOURCE_KEY}")
+    if not (found.is_file() or found.is_dir()):
+        raise UserError(f"{found}: neither file nor folder ({what}); {SOURCE_KEY}")
     return found
 
 
@@ -100,10 +105,14 @@ def decode(file: Path | io.BytesIO, where: str) -> Pixels:
     """An image file of any size as uint8 (H,W,1) where it is grey and (H,W,3) otherwise; transparency is dropped.
 
     Raises:
-        UserError: a broken image, or one with more than 8 bits per channel.
+        UserError: a broken image, no file, or one with more than 8 bits per channel or PIXEL_LIMIT pixels.
     """
+    if isinstance(file, Path) and not file.is_file():
+        raise UserError(f"{where}: not a regular file; {SOURCE_KEY}")
     try:
         with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > PIXEL_LIMIT:
+                raise UserError(f"{where}: {image.width}x{image.height} pixels are too many; {SOURCE_KEY}")
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
                 raise UserError(f"{where}: {image.mode} image with more than 8 bits per channel; {SOURCE_KEY}")
             grey = image.mode in ("1", "L", "LA")
@@ -111,8 +120,14 @@ def decode(file: Path | io.BytesIO, where: str) -> Pixels:
     except UserError:
         raise
     except PIL_ERRORS as error:
-        raise UserError(f"{where}: broken image ({error}); {SOURCE_KEY}") from None
+        raise UserError(f"{where}: broken image ({one_line(error)}); {SOURCE_KEY}") from None
     return pixels[:, :, None] if grey else pixels
+
+
+def check_size(where: str, claimed: int, stored: int) -> None:
+    """Raises UserError where `stored` bytes of a file claim to hold more than such data can."""
+    if claimed > max(SMALL, RATIO_LIMIT * stored):
+        raise UserError(f"{where}: its header promises {claimed} bytes in a file of {stored}: damaged; {SOURCE_KEY}")
 
 
 def missing_files(where: Path, names: Sequence[str]) -> UserError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import tarfile
 import zlib
 from pathlib import Path
@@ -11,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.sources.base import SOURCE_KEY, ArraySource, Pixels, missing_files, require_path
-from trainer.errors import UserError
+from trainer.data.shards import MEMBER_LIMIT, TAR_ERRORS, tar_members
+from trainer.errors import UserError, one_line
 
 PIXELS = 3 * 32 * 32
+GZIP_MAGIC = b"\x1f\x8b"
 FILES = {
     10: {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "test": ["test_batch.bin"]},
     100: {"train": ["train.bin"], "test": ["test.bin"]},
@@ -67,18 +71,29 @@ def _records(data: bytes, where: str, label_bytes: int) -> tuple[NDArray[np.int6
 def _from_archive(archive: Path, names: list[str]) -> dict[str, bytes]:
     content: dict[str, bytes] = {}
     try:
-        with tarfile.open(archive, "r:*") as tar:
-            for member in tar:
+        with tarfile.open(fileobj=io.BytesIO(_unpacked(archive)), mode="r:") as tar:
+            for member in tar_members(tar):
                 base = Path(member.name).name
                 if member.isfile() and base in names:
                     file: Any = tar.extractfile(member)
                     content[base] = file.read()
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise UserError(f"{archive}: damaged ({error}); {SOURCE_KEY}") from None
+    except (*TAR_ERRORS, zlib.error) as error:
+        raise UserError(f"{archive}: damaged ({one_line(error)}); {SOURCE_KEY}") from None
     missing = [name for name in names if name not in content]
     if missing:
         raise missing_files(archive, missing)
     return content
+
+
+def _unpacked(archive: Path) -> bytes:
+    """The tar in an archive, compressed or not."""
+    with archive.open("rb") as file:
+        compressed = file.read(2) == GZIP_MAGIC
+    with gzip.open(archive, "rb") if compressed else archive.open("rb") as file:
+        data = file.read(MEMBER_LIMIT + 1)
+    if len(data) > MEMBER_LIMIT:
+        raise tarfile.ReadError(f"more than {MEMBER_LIMIT} bytes")
+    return data
 
 
 def _from_folder(folder: Path, names: list[str], archive: str) -> dict[str, bytes]:

@@ -23,6 +23,8 @@ class FolderSource:
     def __init__(self, path: str, class_list: list[str] | None) -> None:
         """Raises UserError where folders are missing; no image is opened yet."""
         self._root = require_path(path, "a folder of class folders")
+        if not self._root.is_dir():
+            raise UserError(f"{self._root}: not a folder of class folders; {SOURCE_KEY}")
         self._folders = {"train": self._root, "test": self._root}
         self.shipped_split = (self._root / "train").is_dir()
         if self.shipped_split:

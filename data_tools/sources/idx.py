@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.sources.base import SOURCE_KEY, ArraySource, Pixels, missing_files, require_path
+from data_tools.sources.base import SOURCE_KEY, ArraySource, Pixels, check_size, missing_files, require_path
 from trainer.errors import UserError
 
 PREFIX = {"train": "train", "test": "t10k"}
@@ -48,9 +49,10 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
             if header[:4] != bytes([0, 0, UNSIGNED_BYTE, dimensions]) or len(header) != 4 + 4 * dimensions:
                 raise UserError(f"{path}: not an IDX file of bytes in {dimensions} dimensions; {SOURCE_KEY}")
             shape = struct.unpack(f">{dimensions}I", header[4:])
-            size = int(np.prod(shape, dtype=np.int64))
-            data = file.read(min(size, 1 << 40) + 1)  # one more than promised: a longer file is damaged too
-    except (OSError, EOFError, zlib.error) as error:
+            size = math.prod(shape)
+            check_size(str(path), size, path.stat().st_size)
+            data = file.read(size + 1)  # one more than promised: a longer file is damaged too
+    except (OSError, EOFError, MemoryError, zlib.error) as error:
         raise UserError(f"{path}: damaged ({error}); {SOURCE_KEY}") from None
     if len(data) != size:
         raise UserError(f"{path}: holds not the {size} bytes its header promises; {SOURCE_KEY}")

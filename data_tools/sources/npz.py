@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
+import math
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -9,10 +12,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.sources.base import SOURCE_KEY, ArraySource, Pixels, require_path, split_arrays
-from trainer.errors import UserError
+from data_tools.sources.base import (
+    CLASSES_LIMIT,
+    SOURCE_KEY,
+    ArraySource,
+    Pixels,
+    check_size,
+    require_path,
+    split_arrays,
+)
+from trainer.errors import UserError, one_line
 
 TEST_FRACTION = 0.1
+NPZ_ERRORS = (
+    *(OSError, ValueError, EOFError, KeyError, TypeError, RuntimeError, NotImplementedError, MemoryError),
+    *(SyntaxError, RecursionError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile),
+)
 SPLIT_KEYS = {"x_train", "y_train", "x_test", "y_test"}
 SINGLE_KEYS = {"images", "labels"}
 
@@ -36,22 +51,39 @@ def open_npz(path: str) -> ArraySource:
     else:
         raise UserError(f"{file}: holds neither {sorted(SPLIT_KEYS)} nor {sorted(SINGLE_KEYS)}; {SOURCE_KEY}")
     highest = max((int(values.max()) for values in labels.values() if len(values)), default=-1)
+    if highest >= CLASSES_LIMIT:
+        raise UserError(f"{file}: label {highest} is not below {CLASSES_LIMIT}; {SOURCE_KEY}")
     names = [str(name) for name in arrays["classes"]] if "classes" in arrays else [str(i) for i in range(highest + 1)]
     return ArraySource(names, images, labels, where=str(file))
 
 
 def _read(file: Path) -> dict[str, NDArray[np.generic]]:
+    if not file.is_file():
+        raise UserError(f"{file}: not a regular file; {SOURCE_KEY}")
     try:
-        loaded = np.load(file, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise UserError(f"{file}: a single array, not an .npz file; {SOURCE_KEY}")
-        with loaded as archive:
-            wanted = (SPLIT_KEYS | SINGLE_KEYS | {"classes"}) & set(archive.files)
-            return {key: archive[key] for key in wanted}
+        with zipfile.ZipFile(file) as archive:
+            names = [f"{key}.npy" for key in SPLIT_KEYS | SINGLE_KEYS | {"classes"}]
+            return {name[:-4]: _array(archive, name, str(file)) for name in names if name in archive.namelist()}
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, TypeError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{file}: not readable without unpickling ({error}); {SOURCE_KEY}") from None
+    except NPZ_ERRORS as error:
+        raise UserError(f"{file}: not readable without unpickling ({one_line(error)}); {SOURCE_KEY}") from None
+
+
+def _array(archive: zipfile.ZipFile, name: str, where: str) -> NDArray[np.generic]:
+    """One array of an archive. What it claims to hold is compared with its size before anything is allocated."""
+    info = archive.getinfo(name)
+    check_size(f"{where}: {name}", info.file_size, info.compress_size)
+    with archive.open(info) as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(stream)
+        if dtype.hasobject:
+            raise UserError(f"{where}: {name} is not readable without unpickling; {SOURCE_KEY}")
+        if math.prod(shape) * dtype.itemsize != info.file_size - stream.tell():
+            raise UserError(f"{where}: {name} has shape {shape} in {info.file_size} bytes: damaged; {SOURCE_KEY}")
+    with archive.open(info) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _images(file: Path, arrays: dict[str, NDArray[np.generic]], key: str) -> Pixels:

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.sources.base import SOURCE_KEY, Pixels, decode, holdout, require_path
+from data_tools.sources.base import CLASSES_LIMIT, SOURCE_KEY, Pixels, decode, holdout, require_path
 from trainer.data.images import PIL_FORMATS
-from trainer.data.shards import LABEL_EXTENSION
-from trainer.errors import UserError
+from trainer.data.shards import LABEL_EXTENSION, TAR_ERRORS, tar_members
+from trainer.errors import UserError, one_line
 
 TEST_NAMES = ("val", "test")
 TEST_FRACTION = 0.1
@@ -57,7 +57,7 @@ class WebDatasetSource:
 
     def load(self, split: str, id: int) -> Pixels:
         record = self._records[split][id]
-        where = f"{record.tar}: sample {record.key}"
+        where = f"{record.tar}: sample {one_line(record.key)}"
         with record.tar.open("rb") as file:
             file.seek(record.offset)
             data = file.read(record.size)
@@ -92,9 +92,11 @@ def _read_tar(path: Path) -> list[_Record]:
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     end = 0
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file; {SOURCE_KEY}")
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
+            for member in tar_members(tar):
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
@@ -102,21 +104,25 @@ def _read_tar(path: Path) -> list[_Record]:
                 if member.isfile() and extension.lower() in PIL_FORMATS:
                     images[key] = (member.offset_data, member.size)
                 elif member.isfile() and extension.lower() == LABEL_EXTENSION:
-                    labels[key] = _label(tar, member, f"{path}: sample {key}")
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise UserError(f"{path}: damaged ({error}); {SOURCE_KEY}") from None
+                    labels[key] = _label(tar, member, f"{path}: sample {one_line(key)}")
+    except UserError:
+        raise
+    except TAR_ERRORS as error:
+        raise UserError(f"{path}: damaged ({one_line(error)}); {SOURCE_KEY}") from None
     _check_end(path, end)
     odd = sorted(images.keys() ^ labels.keys())
     if odd:
-        raise UserError(f"{path}: sample {odd[0]} has not both an image (png, jpg, webp) and a cls; {SOURCE_KEY}")
+        raise UserError(
+            f"{path}: sample {one_line(odd[0])} has not both an image (png, jpg, webp) and a cls; {SOURCE_KEY}"
+        )
     return [_Record(path, key, labels[key], *span) for key, span in images.items()]
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> int:
     file = tar.extractfile(member)
     text = file.read(32).decode("ascii", "replace").strip() if file else ""
-    if not text.isdecimal():
-        raise UserError(f"{where}: label {text!r} is not a whole number; {SOURCE_KEY}")
+    if not text.isdecimal() or int(text) >= CLASSES_LIMIT:
+        raise UserError(f"{where}: label {text!r} is not a whole number below {CLASSES_LIMIT}; {SOURCE_KEY}")
     return int(text)
 
 

@@ -30,7 +30,8 @@ SNIPPETS = tuple(
 
 def amount(count: int) -> pytest.MarkDecorator:
     """Run a test with so many inputs, and, marked slow, with ten times as many."""
-    return pytest.mark.parametrize("count", [count, pytest.param(10 * count, marks=pytest.mark.slow)])
+    more = pytest.param(10 * count, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
+    return pytest.mark.parametrize("count", [count, more])
 
 
 def settled(read: Callable[[], T], names: str, refusal: type[Exception] = UserError) -> T | None:

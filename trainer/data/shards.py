@@ -16,7 +16,7 @@ import re
 import stat
 import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -261,6 +261,20 @@ def read_regular(path: Path, limit: int) -> bytes:
         os.close(descriptor)
 
 
+def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of an open tar, one after another.
+
+    Raises:
+        one of TAR_ERRORS: it is none, or its headers lead backwards (and would for ever) or claim absurd sizes.
+    """
+    end = 0
+    while (member := tar.next()) is not None:
+        if member.offset < end or not 0 <= member.size <= MEMBER_LIMIT:
+            raise tarfile.ReadError(f"member {one_line(repr(member.name))} claims {member.size} bytes")
+        end = member.offset_data + member.size
+        yield member
+
+
 def _check_schema(path: Path, schema: object) -> None:
     if type(schema) is not int or schema != SCHEMA_VERSION:
         raise UserError(f"{path}: schema {one_line(schema)}, this program reads {SCHEMA_VERSION}: build elsewhere")
@@ -318,7 +332,9 @@ def _valid_span(span: object, limit: int) -> bool:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read a block at a time."""
+    """Hex digest of a file, read a block at a time. Raises OSError, also for a pipe or a device."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

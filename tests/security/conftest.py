@@ -1,0 +1,3 @@
+from tests.security.hostile import trap
+
+__all__ = ["trap"]
