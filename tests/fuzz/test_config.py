@@ -62,7 +62,7 @@ def try_file(folder: Path, data: bytes, accepted: list[bool]) -> None:
         settled(lambda: config_from_run(path), "", ConfigError)
 
 
-@amount(700)
+@amount(400)
 def test_bytes_of_a_file(tmp_path: Path, count: int) -> None:
     accepted: list[bool] = []
     for number, path in enumerate(FILES):
@@ -71,7 +71,7 @@ def test_bytes_of_a_file(tmp_path: Path, count: int) -> None:
     assert 0.01 < sum(accepted) / len(accepted) < 0.9  # both outcomes are tried
 
 
-@amount(500)
+@amount(300)
 def test_structure_of_a_file(tmp_path: Path, count: int) -> None:
     whole = as_plain(load_config("digits", []))
     accepted: list[bool] = []
@@ -162,7 +162,7 @@ def override(rng: random.Random) -> str:
     return f"{key}={value}" if rng.random() < 0.95 else rng.choice((key, value, f"{key}=={value}", f"+{key}={value}"))
 
 
-@amount(500)
+@amount(300)
 def test_command_lines(tmp_path: Path, count: int) -> None:
     rng = random.Random(0)
     accepted = []

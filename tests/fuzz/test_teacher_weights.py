@@ -12,7 +12,7 @@ from trainer.data.shards import sha256_file
 from trainer.models.teacher import CARD_NAME, WEIGHTS_NAME, load_teacher
 
 
-@amount(300)
+@amount(120)
 def test_weights_of_a_teacher(workplace: Workplace, count: int) -> None:
     """Even where the card vouches for the bytes."""
     directory = workplace.run.teacher(1)
