@@ -27,7 +27,7 @@ TINY = ["model.channels=[8,8]", "model.norm_groups=4", "data.tasks=[[0,1],[2,3]]
 
 def _lock(root: str, result: multiprocessing.queues.Queue[str]) -> None:
     try:
-        lock_run(RunDir(Path(root)))
+        lock_run(RunDir(Path(root)), patience=0.5)
         result.put("locked")
     except UserError as error:
         result.put(str(error))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from trainer.evaluation.forgetting import result, write_json
 from trainer.evaluation.generate import Sampling, balanced_count, generate_share
 from trainer.models.teacher import load_teacher
 from trainer.run import RunDir
+from trainer.stop import Stopped
 from trainer.tracking.grid import (
     ClassSamples,
     history_grid,
@@ -36,10 +38,22 @@ from trainer.world import World
 class Judge:
     """Evaluates the model of each task. Sampling is shared by all ranks, the main rank measures."""
 
-    def __init__(self, config: Config, run: RunDir, world: World, tracker: Tracker, class_names: Sequence[str]) -> None:
-        """Collective: the main rank opens the evaluator (and trains the classifier once) while the others wait."""
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        world: World,
+        tracker: Tracker,
+        class_names: Sequence[str],
+        interrupting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Collective: the main rank opens the evaluator (and trains the classifier once) while the others wait.
+
+        What takes long is done under `interrupting()`, which may raise Stopped.
+        """
         self.config, self.run, self.world, self.tracker = config, run, world, tracker
         self.class_names = list(class_names)
+        self._interrupting = interrupting
         self.tasks = config.data.tasks
         self._evaluator = world.on_main(self._open)
 
@@ -57,20 +71,23 @@ class Judge:
         images, asked = self._sample(task)
         return self._evaluator.evaluate(images, asked, task) | {"task": task}
 
-    def finish(self, cost: dict[str, float]) -> dict[str, Any]:
+    def finish(self, account: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Judge again what another evaluator judged, then write metrics.json and the pictures over all tasks.
+
+        Args:
+            account: what the run itself has to tell (`cost`, `replay`), asked for at the end on the main rank.
 
         Returns:
             The result on the main rank, {} on the others.
         """
         for task in range(1, len(self.tasks) + 1):
             self.after(task)
-        return self.world.on_main(lambda: self._conclude(cost)) or {}
+        return self.world.on_main(lambda: self._conclude(account())) or {}
 
-    def _conclude(self, cost: dict[str, float]) -> dict[str, Any]:
+    def _conclude(self, account: dict[str, Any]) -> dict[str, Any]:
         rows = [self._row(task) for task in range(1, len(self.tasks) + 1)]
         method, seed = self.config.method.name.value, self.config.run.seed
-        content = result(method, [row for row in rows if row is not None], cost, seed=seed)
+        content = result(method, [row for row in rows if row is not None], account.pop("cost"), seed=seed) | account
         save_summary(self.run.summary, content)
         steps = [load_samples(self.run.picked_samples(task)) for task in range(1, len(self.tasks) + 1)]
         title = f"{self.config.run.name}: samples after each task"
@@ -86,19 +103,21 @@ class Judge:
         config = self.config
         numbers = list(range(1, len(self.tasks) + 1))
         self.tracker.activity("opening the evaluator (its classifier is trained once for a data set)")
-        return open_evaluator(
-            config.evaluation,
-            Path(config.data.root),
-            self.tasks,
-            lambda split: TaskData.open(Path(config.data.root), split, numbers, Verify.size),
-            flip=config.data.flip,
-            device=self.world.device,
-            report=lambda epoch, epochs, loss: self.tracker.activity(f"classifier: epoch {epoch}/{epochs}"),
-        )
+        with self._interrupting():
+            return open_evaluator(
+                config.evaluation,
+                Path(config.data.root),
+                self.tasks,
+                lambda split: TaskData.open(Path(config.data.root), split, numbers, Verify.size),
+                flip=config.data.flip,
+                device=self.world.device,
+                report=lambda epoch, epochs, loss: self.tracker.activity(f"classifier: epoch {epoch}/{epochs}"),
+            )
 
     def _measure(self, task: int, images: NDArray[np.uint8], asked: NDArray[np.int64] | None) -> None:
         assert self._evaluator is not None, "on the main rank"
-        row = self._evaluator.evaluate(images, asked, task) | {"task": task}
+        with self._interrupting():
+            row = self._evaluator.evaluate(images, asked, task) | {"task": task}
         self._picture(task, images, asked, self._evaluator)
         write_json(self.run.evaluation(task), row)
         self._tell(task, row)
@@ -130,16 +149,18 @@ class Judge:
             eta=config.evaluation.eta,
             batch=config.evaluation.batch,
         )
-        images, asked = generate_share(
-            model,
-            schedule,
-            classes,
-            count,
-            sampling,
-            self.world.device,
-            rank=self.world.rank,
-            world_size=self.world.size,
-        )
+        rank, size = self.world.rank, self.world.size
+        stopped: Stopped | None = None
+        images, asked = torch.empty(0), None
+        try:
+            with self._interrupting():
+                images, asked = generate_share(
+                    model, schedule, classes, count, sampling, self.world.device, rank=rank, world_size=size
+                )
+        except Stopped as error:
+            stopped = error
+        if self.world.any(stopped is not None):
+            raise stopped or Stopped("another rank was stopped")
         images = self._gather(images)[:count].numpy()
         return images, None if asked is None else self._gather(asked)[:count].numpy()
 

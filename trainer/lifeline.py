@@ -1,9 +1,9 @@
 """Ranks end with the launcher that started them.
 
 `deepspeed` (the runner, the process a person sees) starts `deepspeed.launcher.launch`, which starts the ranks. Killing
-either leaves the ranks running as orphans that hold their devices. Here a rank ends with its launcher (the kernel's
-PR_SET_PDEATHSIG), and when the runner is gone the node's first rank asks the launcher to stop, which ends every rank
-in the ordinary way: SIGTERM, time to save, SIGKILL.
+either leaves the ranks running as orphans that hold their devices. Here a rank gets SIGTERM when its launcher dies (the
+kernel's PR_SET_PDEATHSIG), so that it saves and ends, and is killed where it does not; when the runner is gone the
+node's first rank asks the launcher to stop, which ends every rank in the ordinary way: SIGTERM, time to save, SIGKILL.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 LOOK_SECONDS = 1.0
+GRACE_SECONDS = 60.0  # for a rank without a launcher to save and end
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "fish", "ksh", "csh", "tcsh", "tmux", "screen", "init", "systemd"})
 RUNNERS = frozenset({"deepspeed", "ds", "deepspeed.launcher.runner"})
 
@@ -26,13 +27,14 @@ _tied = False
 
 
 def tie_to_launcher() -> None:
-    """Make this rank end when its launcher does; does nothing without a launcher or outside Linux. Repeatable."""
+    """Make this rank stop when its launcher dies; does nothing without a launcher or outside Linux. Repeatable."""
     global _tied
     launcher = os.getppid()
     if _tied or not sys.platform.startswith("linux") or "RANK" not in os.environ or _name(launcher) in SHELLS:
         return
     _tied = True
-    die_with_parent(launcher)
+    die_with_parent(launcher, signal.SIGTERM)
+    end_after_parent(launcher, GRACE_SECONDS)
     runner = _parent(launcher)
     if os.environ.get("LOCAL_RANK") == "0" and runner is not None and _is_runner(runner):
         watch_runner(launcher, runner)
@@ -45,6 +47,20 @@ def die_with_parent(parent: int, signum: int = signal.SIGKILL) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:  # it died before the kernel knew that we care
         os.kill(os.getpid(), signum)
+
+
+def end_after_parent(parent: int, grace: float) -> threading.Thread:
+    """End this process, whatever it waits for, `grace` seconds after its parent has died, from a daemon thread."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_SECONDS)
+        time.sleep(grace)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    thread = threading.Thread(target=watch, name="end-after-parent", daemon=True)
+    thread.start()
+    return thread
 
 
 def watch_runner(launcher: int, runner: int, stop: Callable[[int], None] | None = None) -> threading.Thread:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,8 +26,10 @@ from trainer.meter import Meter
 from trainer.methods import Rehearsal, build_method
 from trainer.models.pipeline import export_pipeline
 from trainer.models.teacher import CARD_NAME, read_card, save_teacher
-from trainer.position import Position, checkpoint_path, prune_checkpoints, sound_checkpoint
+from trainer.position import Position, checkpoint_path, parse_checkpoint, prune_checkpoints, sound_checkpoint
+from trainer.pulse import Pulse
 from trainer.rehearsal import BufferSource
+from trainer.replay.events import Event, EventLog, count_events
 from trainer.replay.pool import discard
 from trainer.replay.request import ReplayRequest, make_request, write_request
 from trainer.replay.source import ReplaySource, open_source
@@ -36,18 +37,25 @@ from trainer.replay.state import write_state
 from trainer.run import RunDir
 from trainer.seeds import derive, hash_keys
 from trainer.steps import checkpoint_interval, fresh_model, micro_batches, replay_metrics, steps_per_task
-from trainer.stop import Stopped, StopRequest
+from trainer.stop import GOES_ON, Stopped, StopRequest
 from trainer.tracking.trace import trace_samples
 from trainer.tracking.tracker import Tracker
 from trainer.world import World
-
-STOP_EVERY = 5  # steps between two looks of all ranks at a signal to stop: each costs a small collective
 
 
 class Trainer:
     """Learns the tasks of a configuration one after another, from wherever the run directory says it stands."""
 
-    def __init__(self, config: Config, run: RunDir, world: World, tracker: Tracker, judge: Judge, began: float) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        world: World,
+        tracker: Tracker,
+        judge: Judge,
+        stop: StopRequest,
+        began: float,
+    ) -> None:
         """`began`: when this attempt started, by time.monotonic()."""
         self.config, self.run, self.world, self.tracker, self.judge = config, run, world, tracker, judge
         self.tasks = config.data.tasks
@@ -56,10 +64,12 @@ class Trainer:
         self.method = build_method(config.method)
         self.schedule = make_schedule(config.diffusion).to(world.device)
         self.engine = Engine(fresh_model(config), config, world)
-        self.stop = StopRequest()
+        self.pulse = Pulse(world, stop.wanted, self._publish_checkpoints)
         self.position = Position()
         self.meter = Meter()
         self._saved_at = began
+        self._saved_step = (0, 0)  # task and step of the newest checkpoint, written or being written
+        self._replay_source: ReplaySource | None = None  # of the present task
 
     # --- the run -------------------------------------------------------------------------------------------------
 
@@ -75,19 +85,29 @@ class Trainer:
             self.freeze(task)
             self.request_replay(task + 1)
             self.judge.after(task)
-        return self.judge.finish(self.cost())
+        return self.judge.finish(self.account)
 
     def restore(self) -> None:
         """Continue from the newest checkpoint that is sound, where there is one."""
-        found = self.world.on_main(lambda: sound_checkpoint(self.run, len(self.tasks)))
-        task, step, complaints = found or (0, 0, list[str]())
-        for complaint in complaints:
-            print(complaint, file=sys.stderr, flush=True)
+        found = self.world.on_main(self._newest_checkpoint) or (0, 0)
         # The main rank's word counts: a network file system may show the others an older directory.
-        task, step = self.world.broadcast_int(task), self.world.broadcast_int(step)
+        task, step = self.world.exchange(found)[0]
         if task:
             self.position = Position.from_extra(self.engine.load(checkpoint_path(self.run, task, step)))
+            self._saved_step = task, step
             self._check_teacher()
+
+    def _newest_checkpoint(self) -> tuple[int, int]:
+        """Task and step of the newest sound checkpoint, on the main rank; names those that are damaged."""
+        task, step, complaints = sound_checkpoint(self.run, len(self.tasks))
+        for complaint in complaints:
+            print(complaint, file=sys.stderr, flush=True)
+            EventLog(self.run, "trainer").add(Event.damaged_checkpoint, reason=complaint)
+        return task, step
+
+    def close(self) -> None:
+        """Leave no thread behind."""
+        self.engine.close()
 
     def learn(self, task: int) -> None:
         """Train on one task, from the step at which the position stands."""
@@ -104,18 +124,25 @@ class Trainer:
             # A joint task sees the images of earlier tasks again, from epoch 0: it must not draw the same noise again.
             self.prepare = self._preparer(f"current/{task}" if self.method.all_tasks else "current")
             replay = self._replay(task, stack)
+            self._replay_source = replay
             self.tracker.start_task(task, self.seen)
+            self.pulse.start()
             began = time.perf_counter()
-            batches: Iterable[HostBatch] = stream
+            batches: Iterator[HostBatch] = stream
             if self.config.tracking.seen_samples:
                 batches = trace_samples(stream, data, self.run, self.world, task, self.position.step)
-            for batch in batches:
-                self.step(task, self.position.step, batch, replay)
+            while self.position.step < self.steps:
+                if not self.pulse.may_begin(self.position.step, replay):
+                    self.halt(task)
+                self.step(task, self.position.step, next(batches), replay)
                 self.position.step += 1
                 now = time.perf_counter()
                 self.position.cost["train_seconds"] += now - began
                 began = now
-                self.after_step(task, replay)
+                self.after_step(task)
+        self.engine.flush()
+        self._publish_checkpoints()
+        self._replay_source = None
 
     def freeze(self, task: int) -> None:
         """Publish the model as it is after a task: teacher of the next, diffusers pipeline, buffer of real images."""
@@ -145,19 +172,25 @@ class Trainer:
         if engine.grad_norm is not None:
             self.meter.add("grad_norm", engine.grad_norm)
 
-    def after_step(self, task: int, replay: ReplaySource | None) -> None:
-        """Collect garbage, log, heed signals and save: at fixed steps, so at the same ones on all ranks."""
+    def after_step(self, task: int) -> None:
+        """Collect garbage, log and save: at fixed steps, so at the same ones on all ranks."""
         step, train = self.position.step, self.config.train
-        stopping = step % STOP_EVERY == 0 and self.world.any(self.stop.requested)
-        saving = stopping or step == self.steps or step % self.checkpoint_steps == 0
+        last = step == self.steps
+        saving = last or step % self.checkpoint_steps == 0
         if step % train.gc_every == 0:
             gc.collect()
         if saving or step % train.log_every == 0:
-            self.log(task, replay)  # before saving: it refuses a model that has diverged
+            self.log(task)
         if saving:
-            self.save(task, replay)
-        if stopping:
-            raise Stopped(task, self.seen)
+            self.save(task, last)
+
+    def halt(self, task: int) -> NoReturn:
+        """Save where the run stands, and stop."""
+        if self._saved_step != (task, self.position.step) and self.position.step:
+            self.save(task, last=False)
+        self.engine.flush()
+        self._publish_checkpoints()
+        raise Stopped(f"stopped and saved in task {task} after {self.seen} images; {GOES_ON}")
 
     def learning_rate(self, step: int) -> float:
         """Constant after a linear warm-up over the first `optimizer.warmup_images` of each task."""
@@ -171,41 +204,62 @@ class Trainer:
         """Real images of the current task seen so far."""
         return self.position.step * self.config.train.global_batch
 
-    def save(self, task: int, replay: ReplaySource | None) -> None:
-        """Publish a checkpoint, then give back what is no longer needed."""
-        position = self.position
+    def save(self, task: int, last: bool) -> None:
+        """Take a checkpoint; it is written while the training goes on.
+
+        Not in the middle of skipped steps, or the checkpoints from before the trouble would be pruned; the `last` of a
+        task is needed all the same. With fp16 skipping is how the loss scale is found.
+        """
+        position, replay = self.position, self._replay_source
+        in_a_row = self.engine.skips()[1]
+        if in_a_row and not last and self.engine.dtype is not torch.float16:
+            return
         now = time.monotonic()
         position.cost["wall_seconds"] += now - self._saved_at
         self._saved_at = now
         if replay is not None:
             position.replay[str(task)] = replay.stats()
         self.engine.save(checkpoint_path(self.run, task, position.step), position.as_extra())
-        self.engine.flush()
-        if self.world.is_main:
-            prune_checkpoints(self.run, task, self.config.checkpoint.keep)
-        if replay is not None:
-            replay.release(position.step)
+        self._saved_step = task, position.step
 
-    def log(self, task: int, replay: ReplaySource | None) -> None:
-        """Fetch the metrics from the device and show them."""
+    def _publish_checkpoints(self) -> None:
+        """Give back what the checkpoints that were written meanwhile make superfluous. Raises UserError."""
+        for path in self.engine.published():
+            task, step = parse_checkpoint(path)
+            prune_checkpoints(self.run, task, self.config.checkpoint.keep)
+            if self._replay_source is not None:
+                self._replay_source.release(step)
+
+    def log(self, task: int) -> None:
+        """Fetch the metrics from the device and show them.
+
+        Raises:
+            UserError: too many steps in a row had no finite loss or gradient (ToldElsewhere on all ranks but one).
+        """
         metrics: dict[str, Any] = {"task": task, "step": self.position.step, "seen": self.seen}
         metrics |= self.meter.fetch(self.world)
         metrics["lr"] = self.learning_rate(self.position.step - 1)
-        skipped, _ = self.engine.skips()
+        skipped, in_a_row = self.engine.skips()
         if skipped:
             metrics["skipped_steps"] = skipped
-        if replay is not None and self.world.is_main:
-            metrics |= replay_metrics(replay.stats())
+        if self._replay_source is not None and self.world.is_main:
+            metrics |= replay_metrics(self._replay_source.stats())
         self.tracker.log(metrics)
-        # With fp16 an infinite gradient is an ordinary event, which the loss scale answers.
-        watched = ("loss",) if self.engine.dtype is torch.float16 else ("loss", "grad_norm")
-        if not all(math.isfinite(metrics.get(name, 0.0)) for name in watched):
+        if in_a_row >= self.config.train.max_skipped:
+            why = f"the loss or gradient of task {task} was no finite number for {in_a_row} steps in a row"
             if not self.world.is_main:
-                raise ToldElsewhere("the loss is no finite number")  # the same numbers on all ranks: one tells
+                raise ToldElsewhere(why)
             raise UserError(
-                f"{self.run.root}: the loss of task {task} is no finite number after {self.seen} images; the last "
-                "checkpoint is whole; take another run.name with a lower optimizer.lr or more optimizer.warmup_images"
+                f"{self.run.root}: {why}, after {self.seen} images (key train.max_skipped); the last checkpoint is "
+                "from before; take another run.name with a lower optimizer.lr or more optimizer.warmup_images"
             )
+
+    def account(self) -> dict[str, Any]:
+        """What the run has cost and what befell its replay, for metrics.json; on the main rank."""
+        counts = count_events(self.run)
+        for name in ("starved_steps", "reused_steps", "real_only_steps"):
+            counts[name] = sum(stats.get(name, 0) for stats in self.position.replay.values())
+        return {"cost": self.cost() | {"skipped_steps": self.engine.skips()[0]}, "replay": {"events": counts}}
 
     def cost(self) -> dict[str, float]:
         """What the run has spent, over all its attempts."""

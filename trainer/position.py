@@ -52,6 +52,11 @@ def checkpoint_path(run: RunDir, task: int, step: int) -> Path:
     return run.checkpoints(task) / f"{STEP_PREFIX}{step:08d}"
 
 
+def parse_checkpoint(path: Path) -> tuple[int, int]:
+    """Task and step of a checkpoint's directory."""
+    return int(path.parent.parent.name), int(path.name.removeprefix(STEP_PREFIX))
+
+
 def checkpoints(run: RunDir, tasks: int) -> list[tuple[int, int]]:
     """Task and step of every published checkpoint, newest first."""
     found = list[tuple[int, int]]()

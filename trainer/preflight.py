@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from trainer.replay.request import estimate, plan_request
 from trainer.run import RunDir
 from trainer.settings import as_plain, refused_changes, restore_config
 from trainer.steps import count_parameters, steps_per_task
+
+LOCK_SECONDS = 10.0
 
 
 def build_spec(config: Config) -> BuildSpec:
@@ -50,24 +53,35 @@ def resolve_root(config: Config) -> None:
         config.data.root = str(default_root(config.data.name, build_spec(config)))
 
 
-def lock_run(run: RunDir) -> None:
+def lock_run(run: RunDir, patience: float = LOCK_SECONDS) -> None:
     """Hold the run directory until this process ends.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, and still does after `patience` seconds: one that was told to stop needs
+            a while to save.
     """
     try:
         run.root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(f"{run.root}: cannot be written ({error.strerror}); key run.dir") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    deadline = time.monotonic() + patience
+    while not _try_lock(descriptor):
+        if time.monotonic() < deadline:
+            time.sleep(0.1)
+            continue
         holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
         raise UserError(f"{run.root}: a live run holds this directory (process {holder}); key run.name") from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())  # never closed: the lock lasts as long as the process
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def finished_result(run: RunDir, config: Config) -> dict[str, Any] | None:
@@ -158,7 +172,7 @@ def check_disk(config: Config, run: RunDir) -> None:
 
 
 def sweep(run: RunDir) -> None:
-    """Remove what killed attempts left: half-written files, and what their supervisors said last.
+    """Remove what killed attempts left: half-written files, a wish to stop, and what their supervisors said last.
 
     Not in the replay pools: a sampler started by hand may be writing there.
     """
@@ -166,8 +180,8 @@ def sweep(run: RunDir) -> None:
         for path in run.root.glob(pattern):
             if path.name.startswith(".") and path.suffix in (".tmp", ".old"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in run.supervisor(0).parent.glob("supervisor-*.json"):
-        path.unlink()
+    for path in (run.stop_wish, *run.supervisor(0).parent.glob("supervisor-*.json")):
+        path.unlink(missing_ok=True)
 
 
 def preflight(config: Config, run: RunDir) -> DatasetCard:

@@ -7,10 +7,10 @@ from typing import Any
 from trainer.data.batch import Examples
 from trainer.data.prepare import Preparer
 from trainer.data.stream import RealStream
-from trainer.replay.source import POOLLESS
+from trainer.replay.source import POOLLESS, ReadySource
 
 
-class BufferSource:
+class BufferSource(ReadySource):
     """Real images of earlier tasks, in an order of their own (`trainer.replay.source.ReplaySource`)."""
 
     def __init__(self, stream: RealStream, prepare: Preparer, batch: int, used: int = 0) -> None:
@@ -21,11 +21,5 @@ class BufferSource:
         self.used += self.batch
         return self.prepare(next(self.stream))
 
-    def release(self, step: int) -> None:
-        """Buffers stay."""
-
     def stats(self) -> dict[str, Any]:
         return {**POOLLESS, "points_used": self.used}
-
-    def close(self) -> None:
-        """The stream belongs to who opened it."""

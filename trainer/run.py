@@ -35,6 +35,11 @@ class RunDir:
         return self.root / "state.json"
 
     @property
+    def stop_wish(self) -> Path:
+        """Made by a process beside the trainer that was told to stop; the trainer then stops, too."""
+        return self.root / "stop"
+
+    @property
     def report(self) -> Path:
         return self.root / "report"
 

@@ -21,11 +21,11 @@ from trainer.lifeline import tie_to_launcher
 from trainer.loop import Trainer
 from trainer.preflight import check_run, finished_result, lock_run, preflight, resolve_root
 from trainer.replay.devices import choose_devices, node_gpus, visible_gpus
-from trainer.replay.state import write_state
+from trainer.replay.state import read_state, write_state
 from trainer.replay.supervisor import Supervisor, supervise_until_finished
 from trainer.run import RunDir
 from trainer.settings import check_world
-from trainer.stop import Stopped
+from trainer.stop import Stopped, StopRequest
 from trainer.tracking.table import print_result
 from trainer.tracking.tracker import Tracker, open_tracker
 from trainer.world import Role, World, join_world, leave_world, split_ranks
@@ -49,29 +49,40 @@ def train(config: Config) -> int:
     check_world(config, role.count, cuda)
     resolve_root(config)
     tie_to_launcher()
-    done = finished_result(run, config)
-    if role.index == 0:
-        lock_run(run)
-        if done is None:
-            preflight(config, run)
-        else:
-            check_run(config, run)
-            write_state(run, len(config.data.tasks), finished=True)
-            print_result(done, picture_paths(run, len(config.data.tasks)))
-    if done is not None:
+    done = role.index == 0 and prepare(config, run)
+    if done and role.count == 1:
         return 0
     world = join_world(teachers, config.train.threads or trainer_threads(config, role))
     code = FAILED
     try:
-        code = work(config, run, world, began)
+        # The main rank's word: a network file system may show the others an older directory.
+        code = 0 if world.any(done) else work(config, run, world, began)
     finally:  # a rank that fails must end at once, or the others wait for it
         if code == FAILED:
             traceback.print_exc()
         leave_world(code)
 
 
+def prepare(config: Config, run: RunDir) -> bool:
+    """What the main rank does before the ranks meet; whether the run is finished already, and its result printed.
+
+    Raises:
+        UserError: what a person can mend.
+    """
+    lock_run(run)
+    done = finished_result(run, config)
+    if done is None:
+        preflight(config, run)
+        return False
+    check_run(config, run)
+    write_state(run, len(config.data.tasks), finished=True)
+    print_result(done, picture_paths(run, len(config.data.tasks)))
+    return True
+
+
 def work(config: Config, run: RunDir, world: World, began: float) -> int:
     """Learn, with the sidecar beside it; the exit code. `began`: when this process did, by time.monotonic()."""
+    stop = StopRequest(run.stop_wish if world.is_main else None)
     try:
         with ExitStack() as stack:
             tracker = world.on_main(lambda: open_tracker(run, config, len(config.data.tasks))) or Tracker()
@@ -82,15 +93,18 @@ def work(config: Config, run: RunDir, world: World, began: float) -> int:
                 stack.callback(supervisor.stop)
             names = read_card(Path(config.data.root)).classes
             gc.disable()  # the loop collects at fixed steps, the same on all ranks
-            judge = Judge(config, run, world, tracker, names)
-            content = Trainer(config, run, world, tracker, judge, began).fit()
+            judge = Judge(config, run, world, tracker, names, stop.interrupting)
+            trainer = Trainer(config, run, world, tracker, judge, stop, began)
+            stack.callback(trainer.close)
+            content = trainer.fit()
             world.on_main(lambda: write_state(run, len(config.data.tasks), finished=True))
         if world.is_main:
             print_result(content, picture_paths(run, len(config.data.tasks)))
         return 0
     except Stopped as stopped:
         if world.is_main:
-            write_state(run, stopped.task, finished=True)
+            state = read_state(run)
+            write_state(run, state.task if state else 1, finished=True)
             print(f"{run.root}: {stopped}", flush=True)
         return 0
     except ToldElsewhere:

@@ -12,10 +12,10 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trainer.errors import ToldElsewhere, UserError
 from trainer.lifeline import tie_to_launcher
+from trainer.stop import Stopped
 
 # Longer than the main rank ever works alone (evaluation, writing) while the others wait in a collective.
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)
@@ -48,16 +49,24 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    control: Any = None  # a ProcessGroup: gloo, for words between hosts that must not wait for the devices
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def exchange(self, words: Sequence[int]) -> list[list[int]]:
+        """What every rank says, in rank order: 64-bit integers, equally many of each."""
+        row = [int(word) for word in words]
+        if self.size == 1:
+            return [row]
+        rows = torch.empty((self.size, len(row)), dtype=torch.int64)
+        dist.all_gather_into_tensor(rows, torch.tensor([row], dtype=torch.int64), group=self.control)
+        return rows.tolist()
+
     def broadcast_int(self, value: int) -> int:
         """The main rank's value (64 bit), on every rank."""
-        carrier = torch.tensor([value], dtype=torch.int64, device=self.device)
-        self.broadcast(carrier)
-        return int(carrier.item())
+        return self.exchange([value])[0][0]
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite a tensor, on this world's device, with the main rank's."""
@@ -66,11 +75,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; so also a point that every rank has reached."""
-        if self.size == 1:
-            return flag
-        carrier = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
-        dist.all_reduce(carrier, op=dist.ReduceOp.MAX)
-        return bool(carrier.item())
+        return any(row[0] for row in self.exchange([flag]))
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -80,18 +85,21 @@ class World:
         """Do something on the main rank while the others wait; its value there, None on the others.
 
         Raises:
-            UserError: on every rank when it failed on the main one, so that all end and none waits for ever.
+            UserError, Stopped: on every rank when the main one raised it, so that all end and none waits for ever.
         """
         value: T | None = None
-        failure: UserError | None = None
+        failure: UserError | Stopped | None = None
         if self.is_main:
             try:
                 value = work()
-            except UserError as error:
+            except (UserError, Stopped) as error:
                 failure = error
             except OSError as error:
                 failure = UserError(f"{error.filename or 'the run directory'}: {error.strerror or error}; key run.dir")
-        if self.any(failure is not None):
+        failed, stopped = self.exchange([failure is not None, isinstance(failure, Stopped)])[0]
+        if stopped:
+            raise failure or Stopped("the main rank was stopped")
+        if failed:
             raise failure or ToldElsewhere("the main rank failed")
         return value
 
@@ -154,7 +162,8 @@ def join_world(placement_ranks_devices_per_node: int, threads: int, timeout: tim
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     _init_distributed(device, timeout)
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
 
 
 def leave_world(code: int) -> NoReturn:
@@ -205,7 +214,7 @@ def _stand_alone() -> None:
 def _init_distributed(device: torch.device, timeout: timedelta) -> None:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("GLOO_LOG_LEVEL", "WARN")
-    if device.type == "cpu" and "GLOO_SOCKET_IFNAME" not in os.environ:
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
         # Otherwise gloo takes the address of the host name, which many systems map to 127.0.1.1.
         name = interface_towards(os.environ["MASTER_ADDR"])
         if name is not None:

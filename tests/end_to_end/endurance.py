@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.position import newest_checkpoint
+from trainer.position import checkpoints
 from trainer.run import RunDir
 
 from .conftest import TASKS, Workplace
@@ -71,7 +71,8 @@ class Run:
         """Start the sampler unless it lives, or has ended well."""
         if self.needs_sampler and (self.sampler is None or self.sampler.poll()):
             self.restarts += self.sampler is not None
-            self.sampler = self.place.fork("teacher.py", "--run", "runs/run")
+            # What launch/teacher.py starts as its child; this class is the supervisor here.
+            self.sampler = self.place.fork("../trainer/replay/__main__.py", "--run", "runs/run", "--by-hand")
 
     def check_orphans(self) -> None:
         """Once the ranks have ended, nothing but the sampler may be left."""
@@ -80,5 +81,5 @@ class Run:
 
     def checkpointed(self) -> int:
         """Steps up to the newest checkpoint, over both tasks."""
-        task, step = newest_checkpoint(self.directory, 2)
+        task, step = next(iter(checkpoints(self.directory, 2)), (0, 0))
         return max(0, (task - 1) * self.steps + step)

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from trainer.position import newest_checkpoint
+from trainer.position import checkpoints
 
 from .conftest import TASKS, TINY, wait_until_published
 from .endurance import SECONDS, Run
@@ -112,7 +112,7 @@ def test_signal_to_any_process_saves_and_says_how_to_go_on(
         assert wait_until_gone(run) == []
         said = re.findall(r"stopped and saved in task 2 after (\d+) images; the same command goes on from here", output)
         assert len(said) == 1, output
-        assert newest_checkpoint(run.directory, 2) == (2, int(said[0]) // 16)
+        assert checkpoints(run.directory, 2)[0] == (2, int(said[0]) // 16)
         assert go_on(run) == twin
     finally:
         run.place.close()

@@ -5,71 +5,45 @@ from __future__ import annotations
 import errno
 import math
 import os
+import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from crew import Crew, Ranks
 
 from trainer.config import MethodName, OnStarved, Placement, Points, Prediction
 from trainer.diffusion.schedules import make_schedule
-from trainer.errors import UserError
+from trainer.errors import ToldElsewhere, UserError
 from trainer.kernels.philox import normal
 from trainer.models.teacher import load_teacher
 from trainer.replay import pool_source
 from trainer.replay.decode import shard_name
 from trainer.replay.draws import draws
-from trainer.replay.manifest import seal, unseal
-from trainer.replay.source import InlineSource, PoolSource, open_source
-from trainer.replay.state import read_json, write_json
+from trainer.replay.manifest import Manifest
+from trainer.replay.source import InlineSource, open_source
+from trainer.replay.state import write_json
 from trainer.replay.trajectory import sample_trajectories
 
 CPU = torch.device("cpu")
 
 
-@dataclass
-class Ranks:
-    """A world of one process after another: what rank 0 broadcasts, the others are told."""
-
-    rank: int = 0
-    size: int = 1
-    told: list[int] | None = None
-
-    def broadcast_int(self, value: int) -> int:
-        if self.told is None:
-            return value
-        if self.rank == 0:
-            self.told.append(value)
-            return value
-        return self.told.pop(0)
-
-
-def source(workplace: Any, **changes: Any) -> PoolSource:
-    options: dict[str, Any] = {
-        "batch": 8,
-        "world": Ranks(),
-        "schedule": make_schedule(workplace.config.diffusion),
-        "device": CPU,
-        "dtype": torch.float32,
-        "on_starved": OnStarved.wait,
-        "timeout": 20.0,
-    }
-    return PoolSource(workplace.run, workplace.request, **(options | changes))
-
-
 @pytest.fixture
 def opened() -> Any:
-    """Sources to be closed; afterwards no reading thread may be left."""
-    sources: list[PoolSource] = []
-    yield lambda *args, **kwargs: sources.append(source(*args, **kwargs)) or sources[-1]
-    for one in sources:
-        one.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "replay-reader"]
+    """Crews to be closed; afterwards no reading thread may be left."""
+    crews: list[Crew] = []
+    yield lambda *args, **kwargs: crews.append(Crew(*args, **kwargs)) or crews[-1]
+    for crew in crews:
+        crew.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("replay-reader")]
 
 
 def test_points_are_the_teachers_at_the_positions_of_the_step(workplace: Any, opened: Any) -> None:
@@ -120,12 +94,11 @@ def test_ranks_share_out_what_one_rank_would_use(
 ) -> None:
     workplace = make_workplace(points=points, reuse=2)
     workplace.fill()
-    alone = opened(workplace)
-    shares = [opened(workplace, world=Ranks(rank, 4)) for rank in range(4)]
+    alone, four = opened(workplace), opened(workplace, 4)
     for step in range(7):
-        whole, parts = alone.points(step), [share.points(step) for share in shares]
+        whole, parts = alone.points(step), four.points(step)
         for name in ("x", "t", "target", "label"):
-            assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+            assert torch.equal(getattr(whole, name), getattr(parts, name))
 
 
 def test_resuming_at_a_step_gives_that_steps_points(workplace: Any, opened: Any) -> None:
@@ -136,11 +109,22 @@ def test_resuming_at_a_step_gives_that_steps_points(workplace: Any, opened: Any)
     assert torch.equal(resumed.points(19).x, last.x)
     assert whole.stats()["points_used"] == resumed.stats()["points_used"] == 160
     assert resumed.stats()["starved_steps"] == 2
-    assert read_json(workplace.run.replay_progress(2))["released"] == 7  # position 152 lies in shard 8
+    assert resumed.told() == {"released": 7, "kept": [0, 0], "used": 8}  # position 152 lies in shard 8
+
+
+def test_samplers_are_told_what_is_used_and_what_is_released(workplace: Any, opened: Any) -> None:
+    workplace.fill()
+    crew = opened(workplace)
+    assert crew.told() == {"released": 0, "kept": [0, 0], "used": 0}
+    for step in range(12):
+        crew.points(step)
+    assert crew.told() == {"released": 0, "kept": [0, 0], "used": 4}  # nothing is given back without a checkpoint
+    crew.main.release(10)
+    assert crew.told() == {"released": 3, "kept": [0, 0], "used": 4}
 
 
 def test_waiting_is_counted_and_ends_with_the_shard(workplace: Any, opened: Any) -> None:
-    waiting = opened(workplace)
+    waiting = opened(workplace, 2)
     worker = threading.Thread(target=lambda: (time.sleep(0.5), workplace.fill(1)))
     worker.start()
     examples = waiting.points(0)
@@ -152,50 +136,137 @@ def test_waiting_is_counted_and_ends_with_the_shard(workplace: Any, opened: Any)
     assert waiting.stats()["starved_steps"] == 1  # it was there already
 
 
+def test_what_is_there_is_not_waited_for(workplace: Any, opened: Any) -> None:
+    workplace.fill()
+    crew = opened(workplace, 2)
+    for step in range(20):
+        crew.points(step)
+    assert crew.stats()["starved_steps"] == 0 and crew.stats()["starved_seconds"] == 0
+
+
 def test_waiting_without_hope_ends_clearly(workplace: Any, opened: Any) -> None:
-    with pytest.raises(UserError, match=r"replay.timeout=0.3 .*shard 0 is needed.*none was ever heard of"):
+    with pytest.raises(UserError, match=r"shard 0 is needed.*replay.timeout=0.3 .*none was ever heard of"):
         opened(workplace, timeout=0.3).points(0)
 
 
 def test_waiting_for_a_sampler_given_up_names_its_log(workplace: Any, opened: Any) -> None:
-    import os
-    import socket
-
-    status = {"pid": os.getpid(), "host": socket.gethostname(), "restarts": 3, "given_up": "see teacher-0.log: boom"}
+    status = {"pid": os.getpid(), "host": socket.gethostname(), "given_up": "see teacher-0.log: boom"}
     write_json(workplace.run.supervisor(0), status)
-    waiting = opened(workplace)
     with pytest.raises(UserError, match=r"shard 0 will not come: see teacher-0.log: boom"):
-        waiting.points(0)
-    assert waiting.stats()["events"] == {"corrupt": 0, "retired": 0, "restarts": 3, "given_up": 1}
+        opened(workplace).points(0)
     write_json(workplace.run.supervisor(0), status | {"pid": 2**22 + 1})  # left by a killed attempt
-    assert waiting.stats()["events"]["given_up"] == 0
-
-
-def test_a_corrupt_shard_is_waited_for_and_the_points_stay_the_same(workplace: Any, opened: Any) -> None:
-    workplace.fill()
-    clean = [opened(workplace).points(step) for step in range(4)]
-    path = workplace.run.replay(2) / shard_name(1)
-    path.write_bytes(path.read_bytes()[:-1])
-    waiting = opened(workplace)
     worker = threading.Thread(target=lambda: (time.sleep(0.3), workplace.fill(1)))
     worker.start()
-    assert all(torch.equal(waiting.points(step).x, clean[step].x) for step in range(4))
+    assert opened(workplace).points(0) is not None
     worker.join()
-    assert waiting.stats()["events"]["corrupt"] == 1
 
 
-def test_another_teachers_pool_is_refused_before_the_first_step(workplace: Any) -> None:
+def damage(path: Path, how: str) -> None:
+    """Bytes other than those published."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    cut, swapped = data[:999], path.with_name(shard_name(0))
+    {
+        "flip": lambda: path.write_bytes(data),
+        "cut": lambda: path.write_bytes(cut),
+        "gone": path.unlink,
+        "swapped": lambda: path.write_bytes(swapped.read_bytes()),
+    }[how]()
+
+
+@contextmanager
+def filled_meanwhile(workplace: Any) -> Iterator[None]:
+    """A sampler at work in a thread of its own."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(0.05):
+            workplace.fill(1)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "gone", "swapped"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_corrupt_shard_is_named_counted_and_made_again_identically(
+    workplace: Any, opened: Any, capfd: pytest.CaptureFixture[str], how: str, size: int
+) -> None:
+    workplace.fill()
+    clean, before = opened(workplace), workplace.files()
+    expected = [clean.points(step) for step in range(7)]
+    clean.close()
+    path = workplace.run.replay(2) / shard_name(1)
+    damage(path, how)
+    crew = opened(workplace, size)
+    with filled_meanwhile(workplace):
+        for step in range(7):
+            points = crew.points(step)
+            assert torch.equal(points.x, expected[step].x) and torch.equal(points.target, expected[step].target)
+    if how != "gone":  # a sampler that starts finds that out itself
+        assert crew.events() == {"corrupt_shard": 1}  # once, however many ranks complain
+        assert f"{path}: corrupt shard" in capfd.readouterr().err
+    assert workplace.files() == before
+    assert crew.stats()["teacher_evaluations"] == 10 * 42  # the work was done twice
+
+
+def test_a_shard_bad_again_and_again_ends_the_run(workplace: Any, opened: Any) -> None:
     workplace.fill(1)
-    path = workplace.run.replay(2) / "manifest.jsonl"
-    path.write_bytes(seal((unseal(path.read_bytes().rstrip()) or {}) | {"teacher_id": "e" * 64}) + b"\n")
-    with pytest.raises(UserError, match="made by teacher eeee"):
-        source(workplace)
-    assert not [thread for thread in threading.enumerate() if thread.name == "replay-reader"]
+    crew = opened(workplace, 2)
+    path = workplace.run.replay(2) / shard_name(0)
+    with pytest.raises(UserError, match=r"bad for the 11th time.*is the disk sound"):
+        for _ in range(1000):
+            path.write_bytes(b"x")
+            crew.agree(0)
+            workplace.fill(1)
 
 
-def test_closing_while_waiting_is_prompt(workplace: Any) -> None:
-    waiting = source(workplace)
-    waiting._read_ahead(0)
+@pytest.mark.parametrize(("key", "value"), [("teacher_id", "e" * 64), ("steps", 2)])
+def test_what_another_request_published_is_refused_by_name_and_made_again(
+    workplace: Any, opened: Any, capfd: pytest.CaptureFixture[str], key: str, value: Any
+) -> None:
+    workplace.fill(1)
+    manifest = Manifest(workplace.run.replay(2))
+    manifest.refresh()
+    line = manifest.shards[0]
+    sampler = line.sampler | ({key: value} if key in line.sampler else {})
+    teacher = value if key == "teacher_id" else line.teacher_id
+    manifest.publish(replace(line, id="forged", teacher_id=teacher, sampler=sampler))
+    crew = opened(workplace)
+    crew.agree(0)
+    crew.main._seen()
+    assert workplace.fill(1) == 1
+    assert crew.points(0) is not None and crew.events() == {"foreign_shard": 1}
+    notice = capfd.readouterr().err
+    assert shard_name(0) in notice and ("teacher eeee" in notice or "steps=2" in notice)
+
+
+def test_no_rank_acts_on_what_it_alone_sees(workplace: Any, opened: Any) -> None:
+    """A rank that cannot read a shard which the others have read holds them all up; then all go on."""
+    workplace.fill(1)
+    crew = opened(workplace, 2)
+    second = crew.ranks[1]
+    directory, second.loader.directory = second.loader.directory, Path("nowhere")
+    for _ in range(50):
+        assert crew.agree(0) == 0
+        second.wait(0, 0.05)
+        if crew.events():
+            break
+    assert crew.events() == {"corrupt_shard": 1}
+    second.loader.directory = directory
+    assert workplace.fill(1) == 1
+    assert len(crew.points(0)) == 8
+
+
+def test_closing_while_loading_is_prompt(workplace: Any) -> None:
+    workplace.fill(1)
+    waiting = Crew(workplace)
+    waiting.agree(0)
     began = time.monotonic()
     waiting.close()
     waiting.close()
@@ -204,7 +275,7 @@ def test_closing_while_waiting_is_prompt(workplace: Any) -> None:
 
 def test_real_only_goes_without_and_says_so(workplace: Any, opened: Any) -> None:
     journal: list[dict[str, Any]] = []
-    starved = opened(workplace, on_starved=OnStarved.real_only, journal=journal.append)
+    starved = opened(workplace, 2, on_starved=OnStarved.real_only, journal=journal.append)
     assert starved.points(0) is None
     workplace.fill(2)
     assert [starved.points(step) is None for step in range(1, 6)] == [False, False, False, True, True]
@@ -213,60 +284,49 @@ def test_real_only_goes_without_and_says_so(workplace: Any, opened: Any) -> None
     assert stats["real_only_steps"] == 3 and stats["points_used"] == 24 and stats["starved_steps"] == 3
 
 
-def test_reuse_draws_on_what_is_there(workplace: Any, opened: Any) -> None:
+def test_reuse_draws_on_what_is_there_up_to_its_cap(workplace: Any, opened: Any) -> None:
     journal: list[dict[str, Any]] = []
-    starved = opened(workplace, on_starved=OnStarved.reuse, journal=journal.append)
-    assert starved.points(0) is None  # nothing to use again yet
     workplace.fill(2)
-    fresh = [starved.points(step) for step in range(1, 4)]
-    again = [starved.points(step) for step in range(4, 12)]
-    assert journal[1] == {"event": "replay_reused", "task": 2, "step": 4, "shards": [0, 2]}
-    seen = {tuple(x.flatten().tolist()) for x in torch.cat([part.x for part in fresh])}
-    repeated = [tuple(x.flatten().tolist()) for x in torch.cat([part.x for part in again])]
-    assert len(set(repeated[:36])) == 36 and seen <= set(repeated)  # each point of the stock once in 36 positions
-    assert starved.stats()["reused_steps"] == 8 and starved.stats()["points_used"] == 11 * 8
-    starved.release(12)
-    assert read_json(workplace.run.replay_progress(2)) == {"released": 4, "kept": [0, 2]}
-    assert workplace.fill() == 5 and starved.points(12) is not None  # shards 4 to 8: those in between are past
-    assert starved.stats()["reused_steps"] == 8
+    starved = opened(workplace, 2, on_starved=OnStarved.reuse, reuse_cap=3, journal=journal.append)
+    fresh = [starved.points(step) for step in range(4)]  # positions 0 to 31 of 36
+    again = [starved.points(step) for step in range(4, 15)]
+    # Each of the 36 stored points may be used twice more: 72 points, 9 steps of 8.
+    assert [part is None for part in again] == [False] * 9 + [True] * 2
+    assert [event["event"] for event in journal] == ["replay_reused"] * 9 + ["replay_real_only"] * 2
+    seen = Counter(tuple(x.flatten().tolist()) for part in again[:9] for x in part.x)
+    assert set(seen.values()) == {2} and len(seen) == 36
+    assert {tuple(x.flatten().tolist()) for part in fresh for x in part.x} <= set(seen)
+    stats = starved.stats()
+    assert (stats["reused_steps"], stats["real_only_steps"], stats["points_used"]) == (9, 2, 13 * 8)
+    assert starved.told()["kept"] == [0, 2]
+    assert opened(workplace, on_starved=OnStarved.reuse, reuse_cap=3, restored=stats).stats()["reused_points"] == {
+        "0": 36,
+        "1": 36,
+    }
+
+
+def test_a_substitute_that_one_rank_cannot_read_is_nobodys(workplace: Any, opened: Any) -> None:
+    workplace.fill(1)
+    crew = opened(workplace, 2, on_starved=OnStarved.reuse)
+    assert crew.points(0) is not None and crew.points(1) is not None
+    second = crew.ranks[1]
+    second.loader._decoded.clear()
+    second.loader.directory = Path("nowhere")
+    assert crew.points(2) is None
+    assert crew.stats()["real_only_steps"] == 1 and crew.ranks[1].counters["real_only_steps"] == 1
 
 
 def test_fail_waits_for_the_first_shard_only(workplace: Any, opened: Any) -> None:
-    failing = opened(workplace, on_starved=OnStarved.fail)
+    failing = opened(workplace, 2, on_starved=OnStarved.fail)
     worker = threading.Thread(target=lambda: (time.sleep(0.3), workplace.fill(1)))
     worker.start()
     assert failing.points(0) is not None and failing.points(1) is not None
     worker.join()
     with pytest.raises(UserError, match=r"starved at step 2, shards 0 to 1 .*replay.on_starved=fail"):
         failing.points(2)
-
-
-@pytest.mark.parametrize("policy", [OnStarved.reuse, OnStarved.real_only, OnStarved.fail])
-def test_rank_0_decides_what_is_there(workplace: Any, opened: Any, policy: OnStarved) -> None:
-    workplace.fill(2)
-    told: list[int] = []
-    first = opened(workplace, on_starved=policy, world=Ranks(0, 2, told))
-    second = opened(workplace, on_starved=policy, world=Ranks(1, 2, told))
-    for step in range(4):
-        assert first.points(step) is not None
-    assert len(told) == 1  # once agreed, nobody asks again
-    workplace.fill(2)  # the other rank must not act on what it alone has seen
-    for step in range(4):
-        assert second.points(step) is not None
-    assert not told
-    assert first.points(4) is not None and second.points(4) is not None
-    assert first._agreed == second._agreed == (1, 4)
-
-
-def test_rank_0_does_not_count_a_corrupt_shard(workplace: Any, opened: Any) -> None:
-    workplace.fill(2)
-    path = workplace.run.replay(2) / shard_name(1)
-    path.write_bytes(path.read_bytes()[:-1])
-    starved = opened(workplace, on_starved=OnStarved.real_only)
-    assert [starved.points(step) is None for step in range(4)] == [False, False, True, True]
-    assert starved.stats()["events"]["corrupt"] == 1
-    workplace.fill(1)
-    assert starved.points(3) is not None
+    rows = [rank.words(2) for rank in failing.ranks]
+    with pytest.raises(ToldElsewhere):
+        failing.ranks[1].heed(2, rows)
 
 
 def test_in_the_loop_the_points_are_those_of_a_pool_with_one_point_each(
@@ -322,7 +382,7 @@ def test_a_request_for_fewer_steps_reads_no_further(workplace: Any, opened: Any)
     workplace.request = replace(workplace.request, positions=16, shards=1)
     short = opened(workplace)
     assert [len(short.points(step)) for step in range(2)] == [8, 8]
-    assert not short._pending
+    assert not short.main.loader._steps
 
 
 class FullDisk:
@@ -346,45 +406,19 @@ def test_progress_that_found_no_room_is_published_later(
     disk = FullDisk(code)
     monkeypatch.setattr(pool_source, "write_json", disk)
     alone = opened(workplace)
-    alone.points(0)
-    alone.release(10)
-    assert disk.refused == 3 and not workplace.run.replay_progress(2).exists()
-    disk.code = 0
-    alone.points(10)
-    assert read_json(workplace.run.replay_progress(2))["released"] == workplace.request.shard_of(80) - 1
-
-
-def test_a_full_disk_that_has_room_again_does_not_leave_trainer_and_sampler_waiting_for_each_other(
-    workplace: Any, opened: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workplace.config.replay.pool_gb = 6.5 * workplace.request.shard_bytes / 1e9
-    workplace.ask()
-    assert workplace.fill() == 6  # all that the pool holds: 13 steps of 8 points, and a half
-    disk = FullDisk(0)
-    monkeypatch.setattr(pool_source, "write_json", disk)
-    monkeypatch.setattr(pool_source, "RETRY_SECONDS", 0.05)
-    alone = opened(workplace)
-    for step in range(12):
+    for step in range(11):
         alone.points(step)
-    disk.code = errno.ENOSPC
-    alone.release(12)
-
-    def make_room() -> None:
-        while disk.refused < 5:
-            time.sleep(0.01)
-        disk.code = 0
-        while not workplace.fill(1):
-            time.sleep(0.01)
-
-    sampler = threading.Thread(target=make_room, daemon=True)
-    sampler.start()
-    for step in (12, 13):
-        assert alone.points(step) is not None
-    sampler.join()
+    alone.main.release(10)
+    assert disk.refused and not workplace.run.replay_progress(2).exists()
+    disk.code = 0
+    for _ in range(3):
+        alone.told()
+    assert alone.told() == {"released": workplace.request.shard_of(80) - 1, "kept": [0, 0], "used": 4}
 
 
-def test_other_errors_of_the_disk_are_raised(workplace: Any, opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = opened(workplace)
+def test_other_errors_of_the_disk_end_the_run(workplace: Any, opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    workplace.fill(1)
     monkeypatch.setattr(pool_source, "write_json", FullDisk(errno.EIO))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        alone.release(10)
+        for step in range(2):
+            opened(workplace).points(step)

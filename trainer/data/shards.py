@@ -15,6 +15,7 @@ import os
 import re
 import stat
 import tarfile
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -123,7 +124,7 @@ def fsync_directory(path: Path) -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write under a temporary name, flush to disk, then rename: readers see nothing or all of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)

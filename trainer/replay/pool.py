@@ -7,10 +7,7 @@ its timestep and noise seed) with `<key>.end.npy` or `<key>.states.npy`, and `<k
 from __future__ import annotations
 
 import json
-import sys
-import zlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +15,7 @@ import numpy as np
 from trainer.config import Retirement
 from trainer.data.shards import Sample, ShardEntry, encode_shard, write_atomic
 from trainer.errors import UserError
-from trainer.replay.decode import Corrupt, DecodedShard, Float16, decode, npy_header, shard_name, trajectory_key
+from trainer.replay.decode import Float16, npy_header, shard_name, trajectory_key
 from trainer.replay.manifest import Manifest, ShardLine, new_id
 from trainer.replay.request import REQUEST_SCHEMA, ReplayRequest
 from trainer.replay.state import write_json
@@ -122,97 +119,3 @@ def _records(batch: TrajectoryBatch) -> list[dict[str, Any]]:
 
 def _npy(array: Float16) -> bytes:
     return npy_header(array.shape) + array.astype("<f2", copy=False).tobytes()
-
-
-# --- reading ----------------------------------------------------------------------------------------------------
-
-
-def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-class PoolReader:
-    """Reads published shards of one request; refuses what another teacher made, asks again for what is corrupt."""
-
-    def __init__(self, directory: Path, request: ReplayRequest, notice: Callable[[str], None] = _print) -> None:
-        self.directory, self.request, self.notice = directory, request, notice
-        self.manifest = Manifest(directory)
-        self._checked: dict[int, str] = {}  # shard -> id of the publication found to be of this request
-        self._bad: dict[int, tuple[str, str]] = {}  # shard -> id of the publication that is corrupt, and why
-
-    def refresh(self) -> bool:
-        """Look for new shards; whether there are any. Raises UserError as `check` does."""
-        news = self.manifest.refresh()
-        if news:
-            for shard, line in self.manifest.shards.items():
-                if self._checked.get(shard) != line.id:
-                    self.check(line)
-                    self._checked[shard] = line.id
-        self._report_bad()
-        return news
-
-    def check(self, line: ShardLine) -> None:
-        """Raises UserError, naming the file, where a shard is not of this request."""
-        path = self.directory / shard_name(line.shard)
-        if line.teacher_id != self.request.teacher_id:
-            raise UserError(
-                f"{path}: made by teacher {line.teacher_id[:12]}, this run's teacher is {self.request.teacher_id[:12]}"
-            )
-        for key, wanted in self.request.sampler().items():
-            if line.sampler.get(key) != wanted:
-                raise UserError(f"{path}: sampled with {key}={line.sampler.get(key)}, this run asks for {wanted}")
-
-    def published(self, shard: int) -> bool:
-        """Whether the manifest has it, as far as read, and nobody found it corrupt."""
-        return shard in self.manifest.shards and not self._is_bad(shard)
-
-    def intact(self, shard: int) -> bool:
-        """Whether a published shard is what its line says; one that is not is asked for again."""
-        return self._bytes(shard) is not None
-
-    def load(self, shard: int) -> DecodedShard | None:
-        """A published shard, or None where it is corrupt: then it is asked for again."""
-        data = self._bytes(shard)
-        if data is None:
-            return None
-        try:
-            return decode(self.request, shard, data)
-        except Corrupt as error:
-            self._ask_again(shard, str(error))
-            return None
-
-    def _bytes(self, shard: int) -> bytes | None:
-        line = self.manifest.shards[shard]
-        path = self.directory / shard_name(shard)
-        try:
-            if line.bytes > self.request.shard_bytes or line.count != self.request.shard_trajectories:
-                raise Corrupt(f"{line.count} trajectories in {line.bytes} bytes are not one shard")
-            if (size := path.stat().st_size) != line.bytes:
-                raise Corrupt(f"{size} bytes, {line.bytes} expected")
-            data = path.read_bytes()
-            if zlib.crc32(data) != line.crc32:
-                raise Corrupt("its checksum is not the one of the manifest")
-        except (OSError, Corrupt) as error:
-            self._ask_again(shard, str(error))
-            return None
-        return data
-
-    def _ask_again(self, shard: int, reason: str) -> None:
-        self._bad[shard] = (self.manifest.shards[shard].id, reason)
-        self.notice(f"{self.directory / shard_name(shard)}: corrupt ({reason}); asked for again")
-        self._report_bad()
-
-    def _is_bad(self, shard: int) -> bool:
-        line = self.manifest.shards.get(shard)
-        return line is not None and shard in self._bad and self._bad[shard][0] == line.id
-
-    def _report_bad(self) -> None:
-        """Tell the samplers; where the disk is full, at a later call."""
-        for shard, (id, reason) in self._bad.items():
-            if self._is_bad(shard):
-                try:
-                    self.manifest.redo(shard, id, reason)
-                except OSError:
-                    return
-        if self._bad:
-            self.manifest.refresh()

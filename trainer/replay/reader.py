@@ -1,145 +1,188 @@
-"""Reading ahead: a thread that waits for shards, checks and decodes them, and gathers each step's points."""
+"""Reading ahead on one rank: a thread checks and decodes the shards that are offered and gathers each step's points."""
 
 from __future__ import annotations
 
-import socket
 import threading
-import time
+import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.errors import UserError
-from trainer.replay.decode import DecodedShard
+from trainer.replay.decode import Corrupt, DecodedShard, decode, shard_name
 from trainer.replay.draws import locate
 from trainer.replay.points import StoredPoints, gather
-from trainer.replay.pool import PoolReader
-from trainer.replay.state import process_alive, read_json
-from trainer.run import RunDir
+from trainer.replay.request import ReplayRequest
 
 Int64 = NDArray[np.int64]
-POLL_SECONDS = 0.1
+T = TypeVar("T")
 DECODED_SHARDS = 3  # kept in memory
-
-
-class Closed(Exception):
-    """The reader was closed while somebody waited for it."""
+LOOKS = 3  # at a file that is not what it should be: a network file system may show an old state
+LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """Points, and whether a shard of theirs had to be waited for."""
+class Offer:
+    """A published shard as the main rank names it to all ranks: what its file must be. `serial` counts the offers."""
 
-    points: StoredPoints
-    missed: bool
+    shard: int
+    bytes: int
+    crc32: int
+    serial: int
 
 
-class ReadAhead:
-    """Loads points by position in one background thread; errors reach whoever asks for the result.
+class BadShard(Exception):
+    """An offered shard whose file is something else."""
 
-    Waiting for a shard that is not published ends in a UserError, but only while the trainer itself is held up
-    (`starving`): after `timeout` seconds without a new shard, or when a supervisor has given its sampler up.
-    """
+    def __init__(self, offer: Offer, reason: str) -> None:
+        self.offer, self.reason = offer, reason
+        super().__init__(reason)
 
-    def __init__(self, run: RunDir, pool: PoolReader, *, timeout: float, pin: bool) -> None:
-        self.run, self.pool, self.timeout, self.pin = run, pool, timeout, pin
-        self.lock = threading.Lock()  # of `pool`, which the trainer's thread uses too
-        self.starving: float | None = None  # since when (monotonic)
-        self.misses = 0  # looks for a shard that was not there
+
+class Loader:
+    """Loads the points of coming steps, in order, from the shards that were offered so far."""
+
+    def __init__(
+        self, directory: Path, request: ReplayRequest, positions: Callable[[int], Int64], *, depth: int, pin: bool
+    ) -> None:
+        """`positions(step)` are this rank's (n,); `depth` steps at most are held; `pin` for copies to a GPU."""
+        self.directory, self.request, self.positions = directory, request, positions
+        self.depth, self.pin = depth, pin
+        self.offers: dict[int, Offer] = {}
+        self.found_bad: list[BadShard] = []  # since somebody emptied it
+        self._steps: dict[int, Future[StoredPoints]] = {}
         self._decoded: OrderedDict[int, DecodedShard] = OrderedDict()
         self._closing = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="replay-reader")
 
-    def submit(self, positions: Int64) -> Future[Loaded]:
-        """Points of these positions (n,), in their order, as soon as their shards are there."""
-        return self._thread.submit(self._load, positions)
+    def offer(self, offers: Iterable[Offer]) -> None:
+        """Shards that may be read from now on; one offered again takes the place of its earlier self."""
+        self.offers |= {offer.shard: offer for offer in offers}
 
-    def wait_for(self, shard: int) -> DecodedShard:
-        """A shard, as soon as it is published and intact.
+    def forget(self, shard: int) -> None:
+        """An offered shard is to be made again."""
+        self.offers.pop(shard, None)
 
-        Raises:
-            UserError: nobody will publish it, or another teacher did.
-            Closed: the reader was closed.
-        """
-        news = time.monotonic()
-        while not self._closing.is_set():
-            with self.lock:
-                if self.pool.refresh():
-                    news = time.monotonic()
-                if self.pool.published(shard) and (decoded := self.pool.load(shard)) is not None:
-                    return decoded
-            self.misses += 1
-            self._fail_if_hopeless(shard, news)
-            self._closing.wait(POLL_SECONDS)
-        raise Closed
+    def forget_below(self, shard: int) -> None:
+        """Shards below this will not be asked for any more."""
+        for old in [known for known in self.offers if known < shard]:
+            del self.offers[old]
+
+    def advance(self, step: int, stop: int) -> None:
+        """Start loading what can be of the steps from `step` on, before `stop`."""
+        for ahead in range(step, min(step + self.depth, stop)):
+            if ahead in self._steps:
+                continue
+            positions = self.positions(ahead)
+            if not self._offered(positions):
+                return
+            self._steps[ahead] = self.load(positions)
+
+    def ready_until(self, step: int) -> int:
+        """The first step from `step` on whose points are not in memory; notes shards found bad on the way."""
+        self._drop_failed()
+        while (future := self._steps.get(step)) is not None and future.done():
+            step += 1
+        return step
+
+    def take(self, step: int) -> StoredPoints:
+        """The points of a step that is ready; earlier ones are dropped."""
+        for old in [known for known in self._steps if known < step]:
+            del self._steps[old]
+        return self._steps.pop(step).result()
+
+    def load(self, positions: Int64) -> Future[StoredPoints]:
+        """Points of any positions (n,) whose shards were offered. The future may raise BadShard."""
+        offers = {shard: self.offers[shard] for shard in np.unique(positions // self.request.shard_uses).tolist()}
+        return self.run(lambda: self._gather(positions, offers))
+
+    def run(self, work: Callable[[], T]) -> Future[T]:
+        """Do something else in this thread, after what was asked before."""
+        return self._thread.submit(work)
+
+    def wait(self, step: int, seconds: float) -> None:
+        """Until a step's loading ends, or the time is over."""
+        future: Future[Any] | None = self._steps.get(step)
+        if future is None:
+            self._closing.wait(seconds)
+            return
+        done = threading.Event()
+        future.add_done_callback(lambda _: done.set())
+        done.wait(seconds)
 
     def close(self) -> None:
-        """End the thread, whatever it waits for. Repeatable."""
+        """End the thread. Repeatable."""
         self._closing.set()
         self._thread.shutdown(cancel_futures=True)
 
-    def _load(self, positions: Int64) -> Loaded:
-        request, misses = self.pool.request, self.misses
+    # --- in the thread -------------------------------------------------------------------------------------------
+
+    def _gather(self, positions: Int64, offers: dict[int, Offer]) -> StoredPoints:
+        request = self.request
         shards, trajectories, points = locate(request, positions)
         parts: list[tuple[Int64, DecodedShard, Int64, Int64]] = []
-        for shard in np.unique(shards).tolist():
+        for shard, offer in offers.items():
             places = np.flatnonzero(shards == shard)
             inside = trajectories[places] - shard * request.shard_trajectories
-            parts.append((places, self._shard(shard), inside, points[places]))
+            parts.append((places, self._shard(offer), inside, points[places]))
         loaded = gather(request, parts, len(positions))
-        return Loaded(loaded.pin() if self.pin else loaded, self.misses > misses)
+        return loaded.pin() if self.pin else loaded
 
-    def _shard(self, shard: int) -> DecodedShard:
-        decoded = self._decoded.pop(shard, None) or self.wait_for(shard)
-        self._decoded[shard] = decoded
+    def _shard(self, offer: Offer) -> DecodedShard:
+        decoded = self._decoded.pop(offer.shard, None)
+        if decoded is None:
+            try:
+                decoded = decode(self.request, offer.shard, self._read(offer))
+            except Corrupt as error:
+                raise BadShard(offer, str(error)) from None
+        self._decoded[offer.shard] = decoded
         while len(self._decoded) > DECODED_SHARDS:
             self._decoded.popitem(last=False)
         return decoded
 
-    def _fail_if_hopeless(self, shard: int, news: float) -> None:
-        starving, now = self.starving, time.monotonic()
-        if starving is None:
-            return
-        path = self.pool.directory
-        if message := given_up(self.run):
-            raise UserError(f"{path}: shard {shard} will not come: {message}")
-        if now - max(starving, news) > self.timeout:
-            raise UserError(
-                f"{path}: no new shard in replay.timeout={self.timeout:g} seconds, shard {shard} is needed: is a "
-                f"sampler running? ({describe_samplers(self.run)})"
-            )
+    def _read(self, offer: Offer) -> bytes:
+        """The bytes that were offered. Raises Corrupt where the file has others, or there is none."""
+        reason = ""
+        for look in range(LOOKS):
+            if look:
+                self._closing.wait(LOOK_SECONDS * look)
+            try:
+                list(self.directory.iterdir())  # network file systems cache what was not there
+                data = read_offered(self.directory / shard_name(offer.shard), offer.bytes)
+            except (OSError, Corrupt) as error:
+                reason = str(error)
+                continue
+            if zlib.crc32(data) == offer.crc32:
+                return data
+            reason = "its checksum is not the one of the manifest"
+        raise Corrupt(reason)
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _offered(self, positions: Int64) -> bool:
+        first, last = int(positions[0]), int(positions[-1])
+        return all(
+            shard in self.offers for shard in range(self.request.shard_of(first), self.request.shard_of(last) + 1)
+        )
+
+    def _drop_failed(self) -> None:
+        for step in [step for step, future in self._steps.items() if future.done() and future.exception() is not None]:
+            error = self._steps.pop(step).exception()
+            if not isinstance(error, BadShard):
+                assert error is not None
+                raise error
+            if self.offers.get(error.offer.shard) == error.offer:
+                self.forget(error.offer.shard)
+                self.found_bad.append(error)
 
 
-def given_up(run: RunDir) -> str:
-    """What a living supervisor said when it gave its sampler up; empty while none did."""
-    for path in sorted(run.supervisor(0).parent.glob("supervisor-*.json")):
-        status = read_json(path)
-        if status.get("given_up") and _lives(status):
-            return str(status["given_up"])
-    return ""
-
-
-def restarts(run: RunDir) -> int:
-    """Restarts of samplers in this attempt, over all supervisors."""
-    statuses = [read_json(path) for path in sorted(run.supervisor(0).parent.glob("supervisor-*.json"))]
-    return sum(int(status.get("restarts", 0)) for status in statuses if _lives(status))
-
-
-def describe_samplers(run: RunDir) -> str:
-    """The samplers' heartbeats in a few words."""
-    words: list[str] = []
-    for path in sorted(run.sampler(0).parent.glob("sampler-*.json")):
-        beat = read_json(path)
-        if beat:
-            age = max(0.0, time.time() - float(beat.get("time", 0.0)))
-            words.append(f"{path.stem}: {beat.get('status', '?')}, last heard of {age:.0f} s ago")
-    return "; ".join(words) or "none was ever heard of"
-
-
-def _lives(status: dict[str, Any]) -> bool:
-    """Whether the writer of a status file runs; on another host that cannot be seen."""
-    return status.get("host") != socket.gethostname() or process_alive(int(status.get("pid", 0)))
+def read_offered(path: Path, size: int) -> bytes:
+    """A file of exactly `size` bytes. Raises OSError, or Corrupt for another size, before anything is read."""
+    if (found := path.stat().st_size) != size:
+        raise Corrupt(f"{found} bytes, {size} expected")
+    return path.read_bytes()

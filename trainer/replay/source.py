@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,8 +12,9 @@ from torch import nn
 from trainer.config import Config, Placement
 from trainer.data.batch import Examples
 from trainer.diffusion.schedules import NoiseSchedule
+from trainer.pulse import LONGEST_INTERVAL, Ranks
 from trainer.replay.points import first_points, to_examples
-from trainer.replay.pool_source import Journal, PoolSource, Ranks
+from trainer.replay.pool_source import Journal, PoolSource
 from trainer.replay.request import ReplayRequest
 from trainer.replay.teacher import open_teacher
 from trainer.replay.trajectory import sample_trajectories
@@ -30,23 +31,39 @@ POOLLESS: dict[str, Any] = {
     "starved_steps": 0,
     "pool_ready": 0,
     "pool_needed": 0,
-    "events": {},
 }
 
 
 class ReplaySource(Protocol):
-    """What the loop knows of replay."""
+    """What the loop knows of replay. `words`, `heed` and `wait` are the source's part of `trainer.pulse`."""
+
+    @property
+    def width(self) -> int:
+        """How many words `words` gives."""
+        ...
+
+    def words(self, step: int) -> list[int]:
+        """What this rank tells the others before a step. Raises UserError, of which all ranks then learn."""
+        ...
+
+    def heed(self, step: int, rows: Sequence[Sequence[int]]) -> int:
+        """Take in every rank's words; the first step that cannot begin yet."""
+        ...
+
+    def wait(self, step: int, seconds: float) -> None:
+        """Let some time pass, less where a step's points arrive."""
+        ...
 
     def points(self, step: int) -> Examples | None:
         """This rank's share of a step's replay points, on its device; None where the step goes without."""
         ...
 
     def release(self, step: int) -> None:
-        """A checkpoint after `step` steps is published. Every rank calls it."""
+        """A checkpoint after `step` steps is published; told to the main rank."""
         ...
 
     def stats(self) -> dict[str, Any]:
-        """Counters over the task so far and the state of the pool, without touching the device."""
+        """Counters over the task so far and, on the main rank, the state of the pool; the device is not touched."""
         ...
 
     def close(self) -> None:
@@ -54,7 +71,28 @@ class ReplaySource(Protocol):
         ...
 
 
-class InlineSource:
+class ReadySource:
+    """The part of a source that is never short of points and has nothing to agree on."""
+
+    width = 0
+
+    def words(self, step: int) -> list[int]:
+        return []
+
+    def heed(self, step: int, rows: Sequence[Sequence[int]]) -> int:
+        return step + LONGEST_INTERVAL
+
+    def wait(self, step: int, seconds: float) -> None:
+        raise AssertionError("never short of points")
+
+    def release(self, step: int) -> None:
+        """Nothing is given back."""
+
+    def close(self) -> None:
+        """There is no thread."""
+
+
+class InlineSource(ReadySource):
     """The papers' way: the training process itself samples one fresh trajectory for each replay point.
 
     N + 1 evaluations of the teacher per point, N where the target is the noise. Position p uses trajectory p; points
@@ -95,14 +133,8 @@ class InlineSource:
             torch.cat([piece.label for piece in pieces]),
         )
 
-    def release(self, step: int) -> None:
-        """Nothing is stored, so nothing is given back."""
-
     def stats(self) -> dict[str, Any]:
         return {**POOLLESS, **self.counters}
-
-    def close(self) -> None:
-        """There is no thread."""
 
     def _piece(self, start: int, stop: int) -> Examples:
         indices = np.arange(start, stop, dtype=np.int64)
@@ -154,6 +186,7 @@ def open_source(
         dtype=dtype,
         on_starved=config.replay.on_starved,
         timeout=config.replay.timeout,
+        reuse_cap=config.replay.reuse_cap,
         start_step=start_step,
         prefetch=config.data.prefetch,
         restored=restored,

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +23,7 @@ from trainer.replay.devices import child_device
 from trainer.replay.events import Event, EventLog
 from trainer.replay.state import State, process_started, read_json, read_state, write_json
 from trainer.run import RunDir
+from trainer.stop import STOP_SIGNALS
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent.parent
 POLL_SECONDS = 0.2
@@ -263,11 +264,12 @@ def supervise_until_finished(
     """What a teacher rank does (`replay.placement=ranks`): keep its sampler alive until the run ends.
 
     Never fails: a launcher would take the trainer ranks down with it. Returns once `state.json` says, in this
-    launch, that the run is finished, once the launcher is gone, or on SIGTERM, which a launcher sends to this rank
-    only when the trainer ranks before it have ended.
+    launch, that the run is finished, once the launcher is gone, or on a signal to stop, which it passes on to the
+    trainer: it may have been meant for the job.
     """
     launch = Launch(run)
-    signal.signal(signal.SIGTERM, launch.heed)
+    for number in STOP_SIGNALS:
+        signal.signal(number, launch.heed)
     tie_to_launcher()
     while not launch.over() and not launch.announced():
         launch.told.wait(POLL_SECONDS)
@@ -287,6 +289,9 @@ def supervise_until_finished(
     supervisor.start()
     while not launch.over():
         launch.told.wait(POLL_SECONDS)
+    if launch.told.is_set():
+        with suppress(OSError):  # never fails
+            run.stop_wish.touch()
     supervisor.stop()
 
 

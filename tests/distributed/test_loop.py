@@ -1,0 +1,62 @@
+"""The training loop on two ranks: skipped steps, their limit, a stop that one rank wants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.conftest import Pools
+
+SETTINGS = [
+    "model.channels=[8,8]",
+    "model.norm_groups=4",
+    "train.images_per_task=192",  # 12 steps
+    "train.global_batch=16",
+    "train.log_every=2",
+    "checkpoint.every_images=32",
+    "ema.decay=0.9",
+]
+
+
+def learn(
+    pools: Pools, root: Path, name: str, *settings: str, poisoned: list[int] | None = None, **options: Any
+) -> Any:
+    """What each of two ranks says of a run."""
+    arguments = {"root": str(root), "name": name, "settings": [*SETTINGS, *settings], "poisoned": poisoned or []}
+    return pools[2].run("learn", **arguments, **options)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_few_skipped_steps_are_counted_and_the_run_goes_on(pools: Pools, tmp_path: Path, stage: int) -> None:
+    main, other = learn(pools, tmp_path, "run", f"zero.stage={stage}", poisoned=[4, 5, 9])
+    assert main["account"]["cost"]["skipped_steps"] == 3
+    assert main["teacher"] == other["teacher"]
+    # None is taken in the middle of skipped steps (after 6 and 10), and of a finished task all are kept until the next.
+    assert main["checkpoints"] == [12, 8]
+
+
+def test_too_many_in_a_row_end_the_run_with_the_checkpoints_from_before(pools: Pools, tmp_path: Path) -> None:
+    whole = learn(pools, tmp_path, "whole")
+    main, other = learn(pools, tmp_path, "run", "train.max_skipped=4", poisoned=list(range(5, 12)))
+    assert main["error"] == "UserError"
+    assert "no finite number for 5 steps in a row" in main["message"]
+    assert "train.max_skipped" in main["message"]
+    assert other["error"] == "ToldElsewhere"
+    assert main["checkpoints"] == [4, 2]
+    resumed = learn(pools, tmp_path, "run", "train.max_skipped=4")
+    assert [rank["teacher"] for rank in resumed] == [rank["teacher"] for rank in whole]
+    assert resumed[0]["account"]["cost"]["skipped_steps"] == 0  # those were after the checkpoint
+
+
+def test_a_stop_that_one_rank_wants_is_everybodys(pools: Pools, tmp_path: Path) -> None:
+    whole = learn(pools, tmp_path, "whole")
+    stopped = learn(pools, tmp_path, "run", stop_at=7)
+    assert [rank["error"] for rank in stopped] == ["Stopped", "Stopped"]
+    assert stopped[0]["message"] == stopped[1]["message"]
+    step = stopped[0]["checkpoints"][0]
+    assert 7 <= step < 12
+    assert stopped[0]["message"].startswith(f"stopped and saved in task 1 after {step * 16} images; the same command")
+    resumed = learn(pools, tmp_path, "run")
+    assert [rank["teacher"] for rank in resumed] == [rank["teacher"] for rank in whole]
