@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import tarfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from trainer.replay.lock import refuse, worker_lock
 from trainer.replay.manifest import Manifest, append_line, seal, unseal
 from trainer.replay.pool import discard
 from trainer.replay.state import read_json, write_json
+from trainer.replay.told import Told
 
 
 def read_manifest(workplace: Any) -> Manifest:
@@ -234,7 +234,7 @@ def test_what_a_crash_left_is_tidied(workplace: Any) -> None:
 
 def test_a_second_sampler_of_the_same_number_is_refused(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "LOCK_SECONDS", 0.3)
-    paths, stop = [workplace.run.sampler_lock(worker) for worker in range(2)], threading.Event()
+    paths, stop = [workplace.run.sampler_lock(worker) for worker in range(2)], Told()
     wait = [refuse(path, worker, stop) for worker, path in enumerate(paths)]
     with worker_lock(paths[0], wait[0]) as first, worker_lock(paths[1], wait[1]) as second:
         assert first and second

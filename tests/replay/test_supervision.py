@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from trainer.replay.lock import refuse, stand_by, worker_lock
 from trainer.replay.manifest import Manifest
 from trainer.replay.state import process_alive, read_json, write_state
 from trainer.replay.supervisor import PACKAGE_ROOT, Ear, Supervisor, child_environment
+from trainer.replay.told import Told
 
 SECONDS = 90.0  # a machine under load starts Python slowly
 # Gives signs of life, but no heartbeat, until it is killed.
@@ -116,6 +116,18 @@ def test_a_supervisor_that_was_stopped_itself_heard_no_silence(monkeypatch: pyte
         ear.close()
 
 
+def test_a_signal_ends_a_wait_at_once() -> None:
+    told, before = Told(), signal.getsignal(signal.SIGALRM)
+    signal.signal(signal.SIGALRM, told.set)
+    try:
+        assert not told.wait(0.01) and not told.is_set()
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        began = time.monotonic()
+        assert told.wait(60.0) and told.is_set() and time.monotonic() - began < 30.0
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_a_sign_that_nobody_hears_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SIGNS_VARIABLE, raising=False)
     signs_of_life()()
@@ -147,7 +159,7 @@ def test_a_log_that_finds_no_room_is_done_without(
 
 
 def test_standing_by_is_a_sign_of_life_and_ends_when_told(capfd: pytest.CaptureFixture[str]) -> None:
-    stop, signs = threading.Event(), list[None]()
+    stop, signs = Told(), list[None]()
     wait = stand_by(3, stop, lambda: signs.append(None))
     assert wait("taken") and wait("taken") and len(signs) == 2
     stop.set()
@@ -156,7 +168,7 @@ def test_standing_by_is_a_sign_of_life_and_ends_when_told(capfd: pytest.CaptureF
 
 def test_a_supervised_second_sampler_takes_over_when_the_first_ends(workplace: Any, supervise: Any) -> None:
     path = workplace.run.sampler_lock(0)
-    with worker_lock(path, refuse(path, 0, threading.Event())) as held:
+    with worker_lock(path, refuse(path, 0, Told())) as held:
         assert held
         one = supervise()
         until(lambda: one.log.exists() and "standing by" in one.log.read_text())
@@ -211,7 +223,7 @@ def test_by_hand_a_signal_ends_both(workplace: Any, number: signal.Signals) -> N
 
 def test_by_hand_a_taken_number_is_refused_at_once(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = workplace.run.sampler_lock(0)
-    with worker_lock(path, refuse(path, 0, threading.Event())) as held:
+    with worker_lock(path, refuse(path, 0, Told())) as held:
         assert held
         teacher = by_hand(workplace)
         _, errors = teacher.communicate(timeout=SECONDS)

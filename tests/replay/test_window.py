@@ -217,9 +217,7 @@ def test_a_sampler_fills_to_the_mark_rests_and_is_complete(make_workplace: Calla
         while (shard := sampler.next_shard(request)) is not None:
             sampler.make_shard(request, shard)
             made.append(shard)
-        sampler.stop.set()
         sampler._rest(request)
-        sampler.stop.clear()
         return made, sampler._status
 
     assert work(0) == ([0, 1, 2, 3, 4], "resting")

@@ -3,12 +3,12 @@ sampler is bound to its parent."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-import threading
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
-from types import FrameType
+from typing import NoReturn
 
 from trainer.cli import USER_ERROR, Parser, positive
 from trainer.config import ReplayConfig
@@ -16,6 +16,7 @@ from trainer.errors import UserError
 from trainer.replay.child import bind_to_parent, signs_of_life
 from trainer.replay.lock import refuse, worker_lock
 from trainer.replay.supervisor import Supervisor
+from trainer.replay.told import Told
 from trainer.run import RunDir
 
 POLL_SECONDS = 0.2
@@ -40,13 +41,9 @@ def main(arguments: list[str]) -> int:
         help="seconds without a sign of life after which the sampler is started again",
     )
     options = _parse(parser, arguments)
-    run, told = RunDir(options.run), threading.Event()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        told.set()
-
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    run, told = RunDir(options.run), Told()
+    signal.signal(signal.SIGTERM, told.set)
+    signal.signal(signal.SIGINT, told.set)
     lock = run.sampler_lock(options.worker)
     with worker_lock(lock, refuse(lock, options.worker, told)) as free:
         if not free:
@@ -54,7 +51,7 @@ def main(arguments: list[str]) -> int:
     return _supervise(run, options, told)
 
 
-def _supervise(run: RunDir, options: Namespace, told: threading.Event) -> int:
+def _supervise(run: RunDir, options: Namespace, told: Told) -> int:
     supervisor = Supervisor(
         run,
         worker=options.worker,
@@ -79,8 +76,8 @@ def _supervise(run: RunDir, options: Namespace, told: threading.Event) -> int:
     return 0
 
 
-def sampler_main(arguments: list[str]) -> int:
-    """Serve a run directory. Returns the exit code; raises UserError for what a person can mend."""
+def sampler_main(arguments: list[str]) -> NoReturn:
+    """Serve a run directory, then end the process. Raises UserError for what a person can mend."""
     bind_to_parent()
     alive = signs_of_life()
     parser = _parser("python -m trainer.replay")
@@ -102,7 +99,9 @@ def sampler_main(arguments: list[str]) -> int:
         by_hand=options.by_hand,
         alive=alive,
     )
-    return 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # taking the interpreter apart takes seconds, for which the trainer's end would wait
 
 
 def _parser(program: str) -> Parser:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from typing import IO
 
 from trainer.data.shards import FULL_DISK
 from trainer.errors import UserError
+from trainer.replay.told import Told
 
 POLL_SECONDS = 0.2
 LOCK_SECONDS = 5.0  # for a sampler that is just ending to let go of its lock
@@ -35,7 +35,7 @@ def worker_lock(path: Path, wait: Callable[[str], bool]) -> Iterator[bool]:
         yield True
 
 
-def stand_by(worker: int, stop: threading.Event, alive: Callable[[], None]) -> Callable[[str], bool]:
+def stand_by(worker: int, stop: Told, alive: Callable[[], None]) -> Callable[[str], bool]:
     """What a supervised sampler does while another one of its number is at work."""
     said: set[str] = set()
 
@@ -49,7 +49,7 @@ def stand_by(worker: int, stop: threading.Event, alive: Callable[[], None]) -> C
     return wait
 
 
-def refuse(path: Path, worker: int, stop: threading.Event) -> Callable[[str], bool]:
+def refuse(path: Path, worker: int, stop: Told) -> Callable[[str], bool]:
     """What one that a person started does: raise a UserError, once another that was just ending had time to."""
     deadline = time.monotonic() + LOCK_SECONDS
 

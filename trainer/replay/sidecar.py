@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -27,6 +25,7 @@ from trainer.replay.pool import encode, publish
 from trainer.replay.request import ReplayRequest, read_request
 from trainer.replay.state import read_state, write_json
 from trainer.replay.teacher import open_teacher
+from trainer.replay.told import Told
 from trainer.replay.trajectory import TrajectoryBatch, sample_trajectories
 from trainer.replay.window import Filling, Limits, Progress, read_progress
 from trainer.run import RunDir
@@ -110,11 +109,11 @@ class Sampler:
         *,
         by_hand: bool = False,
         alive: Callable[[], None] = lambda: None,
-        stop: threading.Event | None = None,
+        stop: Told | None = None,
     ) -> None:
         """`by_hand`: it ends with the run, not when its supervisor says so. `alive` is called at each sign of life."""
         self.run, self.worker, self.workers, self.device = run, worker, workers, device
-        self.by_hand, self.alive, self.stop = by_hand, alive, stop or threading.Event()
+        self.by_hand, self.alive, self.stop = by_hand, alive, stop or Told()
         self.events = EventLog(run, f"sampler-{worker}")
         self.began = time.time()
         self.made, self.evaluations, self.busy = 0, 0, 0.0
@@ -332,13 +331,9 @@ def serve(
         UserError: no such device, a teacher that is not the request's, or, `by_hand`, a number that is taken.
     """
     assert 0 <= worker < workers, "checked by the command line"
-    stop = threading.Event()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    stop = Told()
+    signal.signal(signal.SIGTERM, stop.set)
+    signal.signal(signal.SIGINT, stop.set)
     path = run.sampler_lock(worker)
     wait = refuse(path, worker, stop) if by_hand else stand_by(worker, stop, alive)
     with worker_lock(path, wait) as held:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from trainer.cli import USER_ERROR
@@ -22,6 +21,7 @@ from trainer.replay.child import PARENT_VARIABLE, SIGNS_VARIABLE
 from trainer.replay.devices import child_device
 from trainer.replay.events import Event, EventLog
 from trainer.replay.state import State, process_started, read_json, read_state, write_json
+from trainer.replay.told import Told
 from trainer.run import RunDir
 from trainer.stop import STOP_SIGNALS
 
@@ -269,7 +269,7 @@ def supervise_until_finished(
     """
     launch = Launch(run)
     for number in STOP_SIGNALS:
-        signal.signal(number, launch.heed)
+        signal.signal(number, launch.told.set)
     tie_to_launcher()
     while not launch.over() and not launch.announced():
         launch.told.wait(POLL_SECONDS)
@@ -302,12 +302,8 @@ class Launch:
         self.run, self.left = run, read_state(run)
         self.launcher = os.getppid()
         self.began = process_started(self.launcher)
-        self.told = threading.Event()
+        self.told = Told()
         self._waited_since = time.monotonic()
-
-    def heed(self, number: int, frame: FrameType | None) -> None:
-        """A signal handler: the launch is over."""
-        self.told.set()
 
     def announced(self) -> bool:
         """Whether the trainer is at work, so its log directory exists. After a while an unfinished state will do,
