@@ -27,8 +27,8 @@ from trainer.errors import UserError, one_line
 INDEX_NAME = "index.json"
 DATASET_NAME = "dataset.json"
 SCHEMA_VERSION = 1
-KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
-NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")  # of a shard's file
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,200}")
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")  # of a shard's file
 IMAGE_LIMIT = 4096  # pixels along an edge
 MEMBER_LIMIT = 1 << 28  # bytes of one member: more than any image of that size has
 INDEX_LIMIT = 1 << 30  # bytes of an index: ten million samples
