@@ -15,13 +15,15 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from trainer.config import DiffusionConfig, ModelConfig, Prediction, Schedule
-from trainer.data.shards import sha256_file, write_atomic
+from trainer.data.shards import IMAGE_LIMIT, read_regular, sha256_file, write_atomic
 from trainer.diffusion.schedules import NoiseSchedule, make_schedule
-from trainer.errors import UserError
-from trainer.models.denoiser import Denoiser, build_denoiser
+from trainer.errors import UserError, one_line
+from trainer.models.denoiser import Denoiser, build_denoiser, check_model
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "card.json"
+CARD_LIMIT = 1 << 26  # bytes of card.json
+LARGEST = 10**6  # classes, timesteps, channels: more are damage
 
 
 @dataclass(frozen=True)
@@ -95,21 +97,55 @@ def read_card(directory: Path) -> TeacherCard:
     """Raises UserError, naming the file, where it is missing or not a teacher's card."""
     path = directory / CARD_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path, CARD_LIMIT))
     except FileNotFoundError:
         raise UserError(f"{path}: missing: no teacher is published there") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: unreadable ({one_line(error)})") from None
     names = {field.name for field in fields(TeacherCard)}
     if not isinstance(content, dict) or set(content) != names:
         raise UserError(f"{path}: not a teacher's card")
     card = TeacherCard(**content)
+    if not _well_formed(card):
+        raise UserError(f"{path}: not a teacher's card (a field has a wrong type or an impossible value)")
     try:
         make_schedule(card.diffusion_config)
-        _ = card.model_config
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a teacher's card ({error})") from None
+        check_model(card.model_config, image_size=card.image_size, max_classes=card.max_classes)
+    except ValueError as error:
+        raise UserError(f"{path}: not a teacher's card ({one_line(error)})") from None
     return card
+
+
+def _well_formed(card: TeacherCard) -> bool:
+    """Whether the fields of a card read from a file have the types and sizes that ours have."""
+    if not _alike(card.model, asdict(ModelConfig())) or not _alike(card.diffusion, asdict(DiffusionConfig())):
+        return False
+    numbers = [card.task, card.image_size, card.channels, card.max_classes]
+    if not all(type(number) is int for number in numbers) or not isinstance(card.teacher_id, str):
+        return False
+    if not _all(card.classes, int) or not _all(card.class_names, str):
+        return False
+    return (
+        0 < card.image_size <= IMAGE_LIMIT
+        and card.channels in (1, 3)
+        and 0 <= card.max_classes <= LARGEST
+        and card.diffusion["timesteps"] <= LARGEST
+        and len(card.model["channels"]) <= 16
+        and all(channels <= LARGEST for channels in card.model["channels"])
+        and card.model["layers_per_block"] <= 64
+    )
+
+
+def _alike(values: object, section: dict[str, Any]) -> bool:
+    """Whether values read from a file have the keys and types of a section of the configuration."""
+    if not isinstance(values, dict) or values.keys() != section.keys():
+        return False
+    kinds = {key: str if isinstance(value, str) else type(value) for key, value in section.items()}
+    return all(_all(values[key], int) if kind is list else type(values[key]) is kind for key, kind in kinds.items())
+
+
+def _all(values: object, kind: type) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
 def load_teacher(

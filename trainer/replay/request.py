@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import Config, MethodName, OnStarved, Placement, Points, Precision, Retirement
-from trainer.data.shards import write_atomic
-from trainer.errors import ConfigError, UserError
+from trainer.data.shards import IMAGE_LIMIT, read_regular, write_atomic
+from trainer.errors import ConfigError, UserError, one_line
 from trainer.run import RunDir
 from trainer.steps import checkpoint_interval
 
@@ -29,6 +29,7 @@ _FREE_FIELDS = (
     *("teacher", "positions", "step_positions", "shards", "reuse"),
     *("pool_bytes", "pool_shards", "low_watermark"),
 )
+REQUEST_LIMIT = 1 << 26  # bytes of request.json
 KEPT_SHARDS = 4  # on_starved=reuse draws on so many of the latest shards
 _STEPS_AHEAD = 5  # a trainer's present step, and those that it reads ahead
 _SPARE_SHARDS = 3  # beside those used between two checkpoints: one kept back, one at each end of the interval
@@ -255,9 +256,9 @@ def write_request(run: RunDir, request: ReplayRequest) -> None:
 def read_request(path: Path) -> ReplayRequest:
     """Raises UserError, naming the file, where it is missing, unreadable or of another schema."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error})") from None
+        content = json.loads(read_regular(path, REQUEST_LIMIT))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: unreadable ({one_line(error)})") from None
     if not isinstance(content, dict) or content.get("schema") != REQUEST_SCHEMA:
         raise UserError(f"{path}: not a replay request of schema {REQUEST_SCHEMA}")
     names = {field.name: str(field.type) for field in fields(ReplayRequest)}
@@ -266,8 +267,34 @@ def read_request(path: Path) -> ReplayRequest:
             raise UserError(f"{path}: {name} is missing or not of type {kind}")
     unknown = content.keys() - names.keys()
     if unknown:
-        raise UserError(f"{path}: unknown key {sorted(unknown)[0]}")
-    return ReplayRequest(**content)
+        raise UserError(f"{path}: unknown key {one_line(sorted(unknown)[0])}")
+    request = ReplayRequest(**content)
+    wrong = next((name for name, holds in _possible(request) if not holds), None)
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong}={one_line(content[wrong])} is not possible")
+    return request
+
+
+def _possible(request: ReplayRequest) -> Iterator[tuple[str, bool]]:
+    """Whether each field has a value that a request can have."""
+    yield "image_size", 0 < request.image_size <= IMAGE_LIMIT
+    yield "channels", request.channels in (1, 3)
+    for name in ("timesteps", "steps", "points_per_trajectory", "shard_trajectories", "sampler_batch", "reuse"):
+        yield name, 0 < getattr(request, name) <= 10**6
+    for name in ("task", "positions", "step_positions"):
+        yield name, 0 < getattr(request, name) < 1 << 62
+    for name in ("shards", "pool_bytes", "pool_shards"):
+        yield name, 0 <= getattr(request, name) < 1 << 62
+    yield "eta", 0 <= request.eta <= 1
+    yield "low_watermark", 0 <= request.low_watermark <= 1
+    yield "points", request.points in [points.value for points in Points]
+    yield "targets", request.targets in ("teacher", "noise")
+    yield "precision", request.precision in [precision.value for precision in Precision]
+    yield (
+        "classes",
+        bool(request.classes) and all(type(label) is int and 0 <= label < 1 << 31 for label in request.classes),
+    )
+    yield "teacher", not Path(request.teacher).is_absolute() and ".." not in Path(request.teacher).parts
 
 
 def _check(request: ReplayRequest, config: Config) -> None:

@@ -30,10 +30,12 @@ def write_state(run: RunDir, task: int, finished: bool = False) -> None:
 def read_state(run: RunDir) -> State | None:
     """What the trainer said last; None before the first word."""
     content = read_json(run.state)
-    try:
-        return State(int(content["task"]), bool(content["finished"]), float(content["time"]))
-    except (KeyError, TypeError, ValueError):
+    task, finished, written = content.get("task"), content.get("finished"), content.get("time")
+    if type(task) is not int or not 0 < task < 1 << 31 or type(finished) is not bool:
         return None
+    if not isinstance(written, int | float) or not 0 <= written < 1e15:  # neither NaN nor infinite
+        return None
+    return State(task, finished, float(written))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

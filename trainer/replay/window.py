@@ -32,6 +32,8 @@ def read_progress(path: Path) -> Progress | None:
         return None
     if not all(type(bound) is int for bound in kept) or not (used is None or type(used) is int):
         return None
+    if not 0 <= released < 1 << 63 or not 0 <= kept[0] <= kept[1] < 1 << 63 or (used is not None and used < 0):
+        return None
     return Progress(released, range(*kept), used)
 
 
