@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.fuzz.conftest import Workplace, workplace
 from tests.security.hostile import NO_FILES, QUICK, TEN_GB, Trap, no_file, pickled, refused
-from trainer.checkpoint import CheckpointWriter
+from trainer.checkpoint import write_checkpoint
 from trainer.data.shards import sha256_file
 from trainer.errors import UserError
 from trainer.models.teacher import CARD_NAME, WEIGHTS_NAME, load_teacher
@@ -36,11 +36,8 @@ def test_a_teacher_holds_no_pickle(workplace: Workplace) -> None:
 
 
 def test_a_checkpoint_holds_no_pickle(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path / "step-00000001")
-    for name in ("weights", "exp_avg", "exp_avg_sq", "ema"):
-        writer.write(name, {"a": torch.zeros(3)})
-    writer.publish({"step": 1})
-    assert writer.failure is None
+    pieces = {name: {"a": torch.zeros(3)} for name in ("weights", "exp_avg", "exp_avg_sq", "ema")}
+    write_checkpoint(tmp_path / "step-00000001", pieces, {"step": 1})
     assert_safe(tmp_path)
 
 
