@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from trainer.disk import DiskNeed
 from trainer.errors import ConfigError, UserError
 from trainer.preflight import (
     check_disk,
     check_run,
-    disk_need,
     finished_result,
     lock_run,
     prepare_data,
@@ -87,7 +87,7 @@ def test_sweep_takes_litter_alone(tmp_path: Path) -> None:
 
 def test_disk_counts_what_is_written_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, run = load_config("digits", TINY), RunDir(tmp_path)
-    need = disk_need(config)
+    need = DiskNeed.of(config).total
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": need - 1})())
     with pytest.raises(UserError, match=r"GB are free; keys run\.dir"):
         check_disk(config, run)

@@ -37,6 +37,8 @@ def test_an_empty_value_empties(tmp_path: Path) -> None:
         ["diffusion.schedule=cosine", "diffusion.beta_end=0.03"],
         ["data.tasks=[[0,1]]", "data.classes_per_task=5"],
         ["model.conditional=false", "model.max_classes=20"],
+        ["replay.on_starved=wait", "replay.reuse_cap=2"],
+        ["replay.placement=external", "replay.hang_timeout=9"],
     ],
 )
 def test_settings_without_effect_are_refused(overrides: list[str]) -> None:

@@ -152,7 +152,7 @@ class Trainer:
             weights = self.engine.weights(ema=True)
             self.world.on_main(lambda: self._publish(task, weights))
         if self.config.needs_teacher:
-            self.world.on_main(lambda: discard(self.run, task))
+            self.world.on_main(lambda: discard(self.run, task, self.config.replay.retirement))
 
     # --- one step ------------------------------------------------------------------------------------------------
 

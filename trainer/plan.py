@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from trainer.config import Config, Placement, Precision
+from trainer.disk import DiskNeed
 from trainer.errors import ConfigError
 from trainer.replay.devices import choose_devices
 from trainer.replay.request import estimate, plan_request
@@ -67,19 +68,11 @@ class Plan:
     precision: str
     memory: dict[str, int]
     sampler_memory: int
-    checkpoint_bytes: int
-    checkpoints: int  # on disk at once, at most: the end of each task, the newest of a running one, one being written
-    teachers_bytes: int
+    disk: DiskNeed
 
     @property
     def memory_total(self) -> int:
         return sum(self.memory.values())
-
-    @property
-    def disk_bytes(self) -> int:
-        """Checkpoints, teachers and their pipelines, and the largest replay pool: a learnt task's is discarded."""
-        pool = max(task.replay_disk_bytes for task in self.tasks)
-        return self.checkpoints * self.checkpoint_bytes + self.teachers_bytes + pool
 
 
 def make_plan(config: Config, launched: int, gpus: int) -> Plan:
@@ -101,7 +94,6 @@ def make_plan(config: Config, launched: int, gpus: int) -> Plan:
     memory = state_bytes(parameters, config, trainers)
     if config.needs_teacher and config.replay.placement is Placement.inline:
         memory["teacher"], sampler = sampler, 0
-    count = len(config.data.tasks)
     return Plan(
         run_directory=str(Path(config.run.dir) / config.run.name),
         method=config.method.name.value,
@@ -115,9 +107,7 @@ def make_plan(config: Config, launched: int, gpus: int) -> Plan:
         precision=config.train.precision.value,
         memory=memory,
         sampler_memory=sampler,
-        checkpoint_bytes=(3 + bool(config.ema.decay)) * FP32 * parameters,
-        checkpoints=count + config.checkpoint.keep + 1,
-        teachers_bytes=2 * count * FP32 * parameters,
+        disk=DiskNeed.of(config),
     )
 
 
@@ -203,7 +193,7 @@ _SHARED_FROM = {"optimiser": 1, "gradients": 2, "weights": 3}
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """All of a plan as plain values."""
-    return asdict(plan) | {"memory_total": plan.memory_total, "disk_bytes": plan.disk_bytes}
+    return asdict(plan) | {"memory_total": plan.memory_total, "disk_bytes": plan.disk.total}
 
 
 def rich_plan(plan: Plan) -> RenderableType:
@@ -223,7 +213,7 @@ def _task_table(plan: Plan) -> Table:
     table.add_section()
     totals = [sum(t.images for t in plan.tasks), sum(t.steps for t in plan.tasks)]
     totals += [sum(t.replay_points for t in plan.tasks), sum(t.teacher_evaluations for t in plan.tasks)]
-    table.add_row("all", "", *(f"{total:,}" for total in totals), size(max(t.replay_disk_bytes for t in plan.tasks)))
+    table.add_row("all", "", *(f"{total:,}" for total in totals), size(plan.disk.replay_bytes))
     return table
 
 
@@ -238,8 +228,9 @@ def _process_table(plan: Plan) -> Table:
 
 def _facts(plan: Plan) -> Table:
     parts = ", ".join(f"{part} {size(value)}" for part, value in plan.memory.items() if value)
+    disk = plan.disk
     checkpoints = (
-        f"{size(plan.checkpoints * plan.checkpoint_bytes)} (up to {plan.checkpoints} of {size(plan.checkpoint_bytes)})"
+        f"{size(disk.checkpoints * disk.checkpoint_bytes)} (up to {disk.checkpoints} of {size(disk.checkpoint_bytes)})"
     )
     facts = [
         ("model", f"{plan.parameters:,} parameters"),
@@ -248,8 +239,8 @@ def _facts(plan: Plan) -> Table:
         ("memory of a teacher process", size(plan.sampler_memory) if plan.sampler_memory else "-"),
         ("", "activations come on top of both"),
         ("disk for checkpoints", checkpoints),
-        ("disk for teachers and pipelines", size(plan.teachers_bytes)),
-        ("disk at most, with replay", size(plan.disk_bytes)),
+        ("disk for teachers and pipelines", size(disk.teachers_bytes)),
+        ("disk at most, with replay", size(disk.total)),
     ]
     table = Table(title="size", show_header=False)
     for name, value in facts:

@@ -14,18 +14,20 @@ import yaml
 
 from data_tools.build import build
 from data_tools.spec import BuildSpec, default_root
-from trainer.config import Config, Placement, Source
+from trainer.config import Config, Source
 from trainer.data.dataset import TaskData
 from trainer.data.shards import DATASET_NAME, DatasetCard, read_card, write_atomic
+from trainer.disk import DiskNeed
 from trainer.errors import ConfigError, UserError
 from trainer.evaluation.features import check_weights
 from trainer.models.denoiser import check_model
 from trainer.models.teacher import CARD_NAME
 from trainer.models.teacher import read_card as read_teacher_card
-from trainer.replay.request import estimate, plan_request
+from trainer.replay.request import plan_request
+from trainer.replay.state import read_json, writer_lives
 from trainer.run import RunDir
 from trainer.settings import as_plain, refused_changes, restore_config
-from trainer.steps import count_parameters, steps_per_task
+from trainer.steps import steps_per_task
 
 LOCK_SECONDS = 10.0
 
@@ -146,24 +148,10 @@ def check_teachers(config: Config, run: RunDir) -> None:
             raise UserError(f"{directory / CARD_NAME}: the teacher of another run (task {card.task}); key run.name")
 
 
-def disk_need(config: Config) -> int:
-    """Bytes that a run may hold at once: replay pool, checkpoints, teachers and pipelines."""
-    tasks, steps = config.data.tasks, steps_per_task(config)
-    parameters = count_parameters(config)
-    copies = 3 + (config.ema.decay > 0)  # weights, two moments, EMA
-    kept = config.checkpoint.keep + 1 + len(tasks)
-    need = 4 * parameters * (copies * kept + 2 * len(tasks))
-    if config.needs_teacher and config.replay.placement is not Placement.inline and len(tasks) > 1:
-        classes = config.classes_until(len(tasks) - 1)
-        # One pool at a time: a learnt task's is discarded.
-        need += estimate(plan_request(config, len(tasks), classes, steps))["disk_bytes"]
-    return need
-
-
 def check_disk(config: Config, run: RunDir) -> None:
     """Raises UserError where what the run has yet to write will not fit on the disk."""
     written = sum(path.stat().st_size for path in run.root.rglob("*") if path.is_file())
-    need, free = disk_need(config) - written, shutil.disk_usage(run.root).free
+    need, free = DiskNeed.of(config).total - written, shutil.disk_usage(run.root).free
     if need > free:
         raise UserError(
             f"{run.root}: the run needs up to {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; keys run.dir, "
@@ -180,8 +168,10 @@ def sweep(run: RunDir) -> None:
         for path in run.root.glob(pattern):
             if path.name.startswith(".") and path.suffix in (".tmp", ".old"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in (run.stop_wish, *run.supervisor(0).parent.glob("supervisor-*.json")):
-        path.unlink(missing_ok=True)
+    run.stop_wish.unlink(missing_ok=True)
+    for path in run.supervisor(0).parent.glob("supervisor-*.json"):
+        if not writer_lives(read_json(path)):
+            path.unlink()
 
 
 def preflight(config: Config, run: RunDir) -> DatasetCard:

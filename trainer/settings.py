@@ -18,7 +18,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config import Config, DataConfig, MethodName, Placement, Points, Precision, Schedule
+from trainer.config import Config, DataConfig, MethodName, OnStarved, Placement, Points, Precision, Schedule
 from trainer.data.shards import IMAGE_LIMIT
 from trainer.data.tasks import split_classes
 from trainer.errors import ConfigError, one_line
@@ -304,8 +304,10 @@ def _check_idle(config: Config, overrides: list[str]) -> None:
     replay, data, model = config.replay, config.data, config.model
     idle = {
         Placement.inline: "replay.points_per_trajectory replay.shard_trajectories replay.pool_gb replay.workers "
-        "replay.device replay.devices_per_node replay.threads replay.on_starved replay.timeout replay.restarts",
-        Placement.external: "replay.workers replay.device replay.devices_per_node replay.threads replay.restarts",
+        "replay.device replay.devices_per_node replay.threads replay.on_starved replay.timeout replay.restarts "
+        "replay.hang_timeout replay.pool_shards replay.low_watermark replay.retirement replay.reuse_cap",
+        Placement.external: "replay.workers replay.device replay.devices_per_node replay.threads replay.restarts "
+        "replay.hang_timeout",
         Placement.ranks: "replay.workers replay.device",
         Placement.subprocess: "replay.devices_per_node",
     }
@@ -316,6 +318,8 @@ def _check_idle(config: Config, overrides: list[str]) -> None:
         conditions += [(f"data.{key}", "data.tasks") for key in ("classes_per_task", "class_order_seed")]
     if not model.conditional:
         conditions.append(("model.max_classes", "model.conditional=false"))
+    if replay.on_starved is not OnStarved.reuse:
+        conditions.append(("replay.reuse_cap", f"replay.on_starved={replay.on_starved.value}"))
     given = {override.partition("=")[0] for override in overrides}
     for key, reason in conditions:
         if key in given:

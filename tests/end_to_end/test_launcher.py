@@ -20,7 +20,7 @@ from .endurance import SECONDS, Run
 
 Launcher = Callable[[int], tuple[str, ...]]
 
-STEPS = 40
+STEPS = 100
 SETTINGS: dict[str, Any] = TINY | {
     "train": TINY["train"] | {"images_per_task": STEPS * 16},
     "zero": {"stage": 2},
@@ -77,7 +77,7 @@ def test_killed_job_leaves_no_orphan_and_ends_with_the_same_weights(
     run = Run(tmp_path / "run", SETTINGS, steps=STEPS, sampler=True)
     try:
         process = run.place.start("run.name=run", TASKS, f"replay.placement={placement}", launcher=deepspeed(ranks))
-        wait_until_published(run.directory.checkpoints(2) / "step-00000008", process)
+        wait_until_published(run.directory.checkpoints(2) / "step-00000004", process)
         send(run, victim, process.pid, signal.SIGKILL)
         process.communicate(timeout=SECONDS)
         assert wait_until_gone(run) == []
@@ -106,7 +106,7 @@ def test_signal_to_any_process_saves_and_says_how_to_go_on(
     run = Run(tmp_path / "run", SETTINGS, steps=STEPS, sampler=True)
     try:
         process = run.place.start("run.name=run", TASKS, f"replay.placement={placement}", launcher=deepspeed(ranks))
-        wait_until_published(run.directory.checkpoints(2) / "step-00000008", process)
+        wait_until_published(run.directory.checkpoints(2) / "step-00000004", process)
         send(run, victim, process.pid, number)
         output, _ = process.communicate(timeout=SECONDS)
         assert wait_until_gone(run) == []

@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from trainer.config import Config, EmaConfig, Placement, Precision, TrainConfig,
 from trainer.errors import ConfigError
 from trainer.models.denoiser import build_denoiser
 from trainer.plan import make_plan, rich_plan, size, state_bytes
-from trainer.preflight import disk_need
 from trainer.settings import load_config
 from trainer.steps import count_parameters
 
@@ -84,18 +84,18 @@ def test_steps_and_teacher_evaluations_by_hand() -> None:
 
 def test_disk_by_hand() -> None:
     config = digits("method.name=finetune", "ema.decay=0.9", "checkpoint.keep=3")
-    plan = make_plan(config, launched=1, gpus=0)
+    disk = make_plan(config, launched=1, gpus=0).disk
     weights = 4 * count_parameters(config)
-    assert plan.checkpoint_bytes == 4 * weights  # weights, two moments, EMA
-    assert plan.checkpoints == 5 + 3 + 1
-    assert plan.teachers_bytes == 5 * 2 * weights
-    assert plan.disk_bytes == 9 * 4 * weights + 5 * 2 * weights
+    assert disk.checkpoint_bytes == 4 * weights  # weights, two moments, EMA
+    assert disk.checkpoints == 5 + 3 + 2
+    assert disk.teachers_bytes == 5 * 2 * weights
+    assert disk.total == 10 * 4 * weights + 5 * 2 * weights
 
 
-@pytest.mark.parametrize("method", ["finetune", "generative_distillation"])
-def test_disk_is_what_training_makes_sure_of(method: str) -> None:
-    config = digits(f"method.name={method}", "ema.decay=0.9", "replay.pool_gb=1")
-    assert make_plan(config, launched=1, gpus=0).disk_bytes == disk_need(config)
+@pytest.mark.parametrize(("retirement", "pools"), [("delete", max), ("keep", sum)])
+def test_disk_of_replay_pools(retirement: str, pools: Callable[[list[int]], int]) -> None:
+    plan = make_plan(digits(f"replay.retirement={retirement}", "replay.pool_gb=1"), launched=1, gpus=0)
+    assert plan.disk.replay_bytes == pools([task.replay_disk_bytes for task in plan.tasks]) > 0
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_the_printed_plan_has_the_numbers() -> None:
     console.print(rich_plan(plan))
     text = console.export_text()
     assert f"{plan.parameters:,} parameters" in text and f"{plan.tasks[1].teacher_evaluations:,}" in text
-    assert size(plan.disk_bytes) in text and "runs/digits-generative_distillation" in text
+    assert size(plan.disk.total) in text and "runs/digits-generative_distillation" in text
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.shards import read_regular
 from trainer.replay.decode import Corrupt, DecodedShard, decode, shard_name
 from trainer.replay.draws import locate
 from trainer.replay.points import StoredPoints, gather
@@ -182,7 +183,8 @@ class Loader:
 
 
 def read_offered(path: Path, size: int) -> bytes:
-    """A file of exactly `size` bytes. Raises OSError, or Corrupt for another size, before anything is read."""
-    if (found := path.stat().st_size) != size:
-        raise Corrupt(f"{found} bytes, {size} expected")
-    return path.read_bytes()
+    """A file of exactly `size` bytes. Raises OSError, or Corrupt for another size."""
+    data = read_regular(path, size)
+    if len(data) != size:
+        raise Corrupt(f"{len(data)} bytes, {size} expected")
+    return data

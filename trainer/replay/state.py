@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,6 +62,12 @@ def process_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return _stat_fields(pid)[:1] != ["Z"]
+
+
+def writer_lives(status: dict[str, Any]) -> bool:
+    """Whether the writer of a status file ("pid", "host") runs; of one on another host that cannot be seen."""
+    host = status.get("host", "")
+    return host != "" and (host != socket.gethostname() or process_alive(int(status.get("pid", 0))))
 
 
 def process_started(pid: int) -> float:

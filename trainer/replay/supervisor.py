@@ -283,7 +283,7 @@ def supervise_until_finished(
         threads=threads,
         restarts=restarts,
         hang_timeout=hang_timeout,
-        attempt=newest_attempt(run),
+        attempt=max(1, run.newest_attempt()),
         inherit_devices=True,  # the launcher has shown this rank its own
     )
     supervisor.start()
@@ -321,9 +321,3 @@ class Launch:
 
     def _is_new(self, state: State | None) -> bool:
         return state is not None and (state.time >= self.began or state != self.left)
-
-
-def newest_attempt(run: RunDir) -> int:
-    """The attempt whose log directory was made last; 1 where there is none."""
-    numbers = [path.name.rpartition("-")[2] for path in run.log(1).parent.glob("attempt-*")]
-    return max((int(number) for number in numbers if number.isdigit()), default=1)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 from trainer.data.shards import FULL_DISK
 from trainer.errors import UserError
@@ -16,7 +14,7 @@ from trainer.replay.events import Event, EventLog
 from trainer.replay.manifest import Manifest, ShardLine
 from trainer.replay.reader import Offer
 from trainer.replay.request import ReplayRequest
-from trainer.replay.state import process_alive, read_json
+from trainer.replay.state import read_json, writer_lives
 from trainer.run import RunDir
 
 REMADE = 10  # times that one shard may be found bad before the run ends
@@ -120,7 +118,7 @@ def given_up(run: RunDir) -> str:
     """What a living supervisor said when it gave its sampler up; empty while none did."""
     for path in sorted(run.supervisor(0).parent.glob("supervisor-*.json")):
         status = read_json(path)
-        if status.get("given_up") and _lives(status):
+        if status.get("given_up") and writer_lives(status):
             return str(status["given_up"])
     return ""
 
@@ -134,8 +132,3 @@ def describe_samplers(run: RunDir) -> str:
             age = max(0.0, time.time() - float(beat.get("time", 0.0)))
             words.append(f"{path.stem}: {beat.get('status', '?')}, last heard of {age:.0f} s ago")
     return "; ".join(words) or "none was ever heard of"
-
-
-def _lives(status: dict[str, Any]) -> bool:
-    """Whether the writer of a status file runs; on another host that cannot be seen."""
-    return status.get("host") != socket.gethostname() or process_alive(int(status.get("pid", 0)))
