@@ -1,0 +1,135 @@
+"""One run under attack, from its first start to its result."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+
+from attack.kinds import Deck
+from attack.scene import Fault, Scene
+from trainer.run import RunDir
+
+LOOK_SECONDS = 0.1
+ORPHAN_SECONDS = 30.0  # for all processes of a job to be gone once its command has ended
+FRUITLESS = 4  # starts in a row that end by themselves, without a result and without a fault since the first
+
+
+class Lost(Exception):
+    """The run cannot be completed, or not in time."""
+
+
+class Round:
+    """Injects faults at random moments and gives the command again and again until the run is complete."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        deck: Deck,
+        chance: random.Random,
+        tell: Callable[[str, float], None],
+        pause: float,
+        calm: float,
+        deadline: float,
+        most: int,
+    ) -> None:
+        """`pause`: mean seconds between two faults; `calm`, `deadline`: when (monotonic) the last fault may come and
+        the run has to be complete; `most`: faults at most."""
+        self.scene, self.deck, self.chance, self.tell = scene, deck, chance, tell
+        self.pause, self.calm, self.deadline, self.most = pause, calm, deadline, most
+        self.faults: list[Fault] = []
+        self.open: list[Fault] = []
+        self._fruitless = 0
+        self._next = self._ended = 0.0
+
+    def play(self) -> None:
+        """Returns with the run complete and its last command ended.
+
+        Raises:
+            Lost: it is not, and will not be.
+        """
+        self._start()
+        while True:
+            if time.monotonic() > self.deadline:
+                raise Lost(f"{self.scene.run.root}: not complete in time, see {self.scene.job.log()}")
+            self.scene.look()
+            if self._job_over():
+                self._settle()
+                if complete(self.scene.run, self.scene.tasks):
+                    break
+                self._between()
+                self._start()
+            elif time.monotonic() > self._next:
+                self._inject(up=True)
+            self._settle()
+            time.sleep(LOOK_SECONDS)
+        self._close()
+
+    def _start(self) -> None:
+        self.scene.job.start()
+        self._wait()
+
+    def _wait(self) -> None:
+        self._next = time.monotonic() + self.chance.uniform(0.2, 1.8) * self.pause
+
+    def _job_over(self) -> bool:
+        """Whether the command has ended and nothing of it is left; what is left for long is an orphan."""
+        job = self.scene.job
+        if job.code is None:
+            self._ended = time.monotonic()
+            return False
+        orphans = job.members()
+        if orphans and time.monotonic() - self._ended > ORPHAN_SECONDS:
+            names = ", ".join(f"{process.pid} ({' '.join(process.cmdline()[:4])})" for process in orphans)
+            self.scene.lost.append(f"orphans after the command of {job.log()} had ended: {names}")
+            job.kill()
+        return not orphans
+
+    def _between(self) -> None:
+        """The job is down and unfinished: perhaps a fault at rest."""
+        job = self.scene.job
+        if self.faults and self.faults[-1].at > job.began:
+            self._fruitless = 0
+        else:
+            self._fruitless += 1
+            self.tell(f"start {job.starts} ended by itself, code {job.code}: {job.last_word()}", job.began)
+        if self._fruitless >= FRUITLESS:
+            raise Lost(f"{self.scene.run.root}: does not go on, see {job.log()}: {job.last_word()}")
+        self._inject(up=False)
+
+    def _inject(self, *, up: bool) -> None:
+        self._wait()
+        if time.monotonic() > self.calm or len(self.faults) >= self.most or any(fault.alone for fault in self.open):
+            return
+        fault = self.deck.deal(self.scene, up=up)
+        if fault is not None:
+            self.faults.append(fault)
+            self.open.append(fault)
+
+    def _settle(self) -> None:
+        """Tell what followed from the faults of which that is known now."""
+        for fault in list(self.open):
+            followed = fault.followed()
+            if followed is not None:
+                self._tell(fault, followed)
+
+    def _close(self) -> None:
+        """The run is complete: nothing more can follow."""
+        for fault in list(self.open):
+            if fault.must:
+                self.scene.lost.append(f"{fault.kind}, {fault.victim}: {fault.must}")
+            self._tell(fault, fault.must or "no trace of it until the run was complete")
+
+    def _tell(self, fault: Fault, followed: str) -> None:
+        self.open.remove(fault)
+        self.tell(f"{fault.kind:<24} {fault.victim:<48} -> {followed}", fault.at)
+
+
+def complete(run: RunDir, tasks: int) -> bool:
+    """Whether the result of all tasks is there."""
+    try:
+        content = json.loads(run.metrics.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return content.get("tasks") == tasks and "final" in content
