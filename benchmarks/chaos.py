@@ -55,7 +55,7 @@ SHORT = {
 }
 CLEANUP_SECONDS = 5.0
 SHORTEST_HANG = 8.0  # a sampler gives no sign of life while it starts
-ROOM = 32 << 20  # bytes on the small disk beside what the program itself asks for: logs, pictures, events
+ROOM = 64 << 20  # bytes on the small disk beside three times what the twin has left: replay pools, logs
 
 
 def main(argv: list[str]) -> int:
@@ -84,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=1, help="trainer ranks; 0: one process without a launcher")
     parser.add_argument("--faults", type=positive, default=10**6, metavar="N", help="at most so many, in one round")
     names = [kind.name for kind in KINDS]
-    parser.add_argument("--without", action="append", default=[], choices=names, metavar="KIND", help="leave it out")
+    parser.add_argument("--only", action="append", choices=names, metavar="KIND", help="of faults; repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the record goes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over the file")
     return parser.parse_intermixed_args(argv)
@@ -101,8 +101,9 @@ class Chaos:
         self.config = load_config(options.config, self.settings)
         self.tasks = len(self.config.data.tasks)
         self.limited = may_mount()
-        self.random = random.Random(options.seed)
-        self.deck = Deck(self.random, self._left_out())
+        # Of its own each: how long something takes changes neither the order of kinds nor the bytes that are damaged.
+        order, self.moments, self.damage = (random.Random(f"{options.seed}/{name}") for name in "odm")
+        self.deck = Deck(order, self._kinds())
         self.port = free_port()
         self.logs = self.run_dir("chaos-logs").root
         clear(self.logs)
@@ -134,7 +135,7 @@ class Chaos:
             time.sleep(0.1)
         self.twin_seconds = time.monotonic() - job.began
         if job.code != 0 or not complete(run, self.tasks):
-            raise Lost(f"the undisturbed twin failed, see {job.log()}: {job.last_word()}")
+            raise Lost(f"the undisturbed twin failed, see {job.log()}{job.last_word()}")
         self.tell(f"the twin took {self.twin_seconds:.1f} s")
         return run
 
@@ -145,11 +146,11 @@ class Chaos:
         run, job = self._prepare(f"chaos-{self.rounds}", [f"replay.hang_timeout={hang:.1f}"])
         if self.limited:
             run.root.mkdir(parents=True)
-            mount(run.root, self._disk_size())
-        scene = Scene(job, run, self.tasks, self.random, hang, self.limited)
-        pause = max(1.0, self.twin_seconds / 12)
+            mount(run.root, self._disk_size(twin))
+        scene = Scene(job, run, self.tasks, self.damage, hang, self.limited)
+        pause = max(1.0, self.twin_seconds / 30)
         most = self.options.faults - len(self.faults)
-        played = Round(scene, self.deck, self.random, self.tell, pause, calm, self.deadline, most)
+        played = Round(scene, self.deck, self.moments, self.tell, pause, calm, self.deadline, most)
         self.tell(f"round {self.rounds}: a fault every {pause:.1f} s, a hung sampler is noticed after {hang:.0f} s")
         try:
             played.play()
@@ -212,20 +213,18 @@ class Chaos:
             shutil.copytree(run.root, self.logs / run.root.name, dirs_exist_ok=True)
         unmount(run.root)
 
-    def _disk_size(self) -> int:
-        """What the program's own check at the start asks for, and some room."""
-        from trainer.preflight import disk_need  # torch: seconds
+    def _disk_size(self, twin: RunDir) -> int:
+        """Enough for the program's own check at the start, which counts the checkpoints that come and go."""
+        return 3 * sum(path.stat().st_size for path in twin.root.rglob("*") if path.is_file()) + ROOM
 
-        return disk_need(self.config) + ROOM
-
-    def _left_out(self) -> set[str]:
-        left_out = {*self.options.without}
-        if not self.options.ranks:
-            left_out |= {"kill -9 launcher", "kill -9 runner"}
-        if not self.limited:
-            self.tell("full disk left out: neither root nor unshare -rm may mount a tmpfs here")
-            left_out.add("full disk")
-        return left_out
+    def _kinds(self) -> list[str]:
+        """The kinds of faults that are asked for and possible here."""
+        kinds = self.options.only or [kind.name for kind in KINDS]
+        if not self.limited and "full disk" in kinds:
+            self.tell("no full disk: neither root nor unshare -rm may mount a tmpfs here")
+        out = set() if self.limited else {"full disk"}
+        out |= set() if self.options.ranks else {"kill -9 launcher", "kill -9 runner"}
+        return [name for name in kinds if name not in out]
 
     def run_dir(self, name: str) -> RunDir:
         return RunDir(Path(self.config.run.dir) / name)

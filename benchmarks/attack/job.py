@@ -69,11 +69,11 @@ class Job:
         return self.log(start).read_text(errors="replace")
 
     def last_word(self) -> str:
-        """What the latest start said of its end: its error or its farewell, else its last line."""
+        """What the latest start said of its end, after a colon: its error or its farewell, else its last line."""
         lines = [line.strip() for line in self.output().splitlines() if line.strip()]
         told = [line for line in lines if line.startswith("error") or "goes on from here" in line]
         own = [line for line in lines if not line.startswith("[")]  # the launcher's begin with the time
-        return (told or own or ["it said nothing"])[-1][:LONGEST_WORD]
+        return f": {(told or own)[-1][:LONGEST_WORD]}" if told or own else ""
 
     def members(self) -> list[psutil.Process]:
         """Every living process of the job, also one that has lost its parents."""

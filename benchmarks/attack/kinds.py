@@ -13,18 +13,19 @@ KINDS = (
     Kind("kill -9 all", processes.kill_all),
     Kind("kill -9 launcher", processes.kill_launcher),
     Kind("kill -9 runner", processes.kill_runner),
-    Kind("kill -9 sampler", processes.kill_sampler),
+    Kind("kill -9 sampler", processes.kill_sampler, gentle=True),
     Kind("SIGTERM", processes.sigterm),
     Kind("SIGUSR1", processes.sigusr1),
-    Kind("sampler hung", processes.hang_sampler),
-    Kind("shard truncated", files.truncate_shard, down=True),
-    Kind("shard bit flipped", files.flip_shard, down=True),
-    Kind("shard deleted", files.delete_shard, down=True),
-    Kind("shard swapped", files.swap_shard, down=True),
-    Kind("shard of another teacher", files.foreign_shard, down=True),
-    Kind("line of another teacher", files.foreign_line, down=True),
-    Kind("manifest torn", files.tear_manifest, down=True),
-    Kind("manifest bit flipped", files.flip_manifest, down=True),
+    Kind("SIGTERM, then kill -9", processes.kill_stopping),
+    Kind("sampler hung", processes.hang_sampler, gentle=True),
+    Kind("shard truncated", files.truncate_shard, down=True, gentle=True),
+    Kind("shard bit flipped", files.flip_shard, down=True, gentle=True),
+    Kind("shard deleted", files.delete_shard, down=True, gentle=True),
+    Kind("shard swapped", files.swap_shard, down=True, gentle=True),
+    Kind("shard of another teacher", files.foreign_shard, down=True, gentle=True),
+    Kind("line of another teacher", files.foreign_line, down=True, gentle=True),
+    Kind("manifest torn", files.tear_manifest, down=True, gentle=True),
+    Kind("manifest bit flipped", files.flip_manifest, down=True, gentle=True),
     Kind("checkpoint bit flipped", files.flip_checkpoint, up=False, down=True),
     Kind("checkpoint truncated", files.truncate_checkpoint, up=False, down=True),
     Kind("full disk", files.full_disk),
@@ -38,19 +39,25 @@ class Deck:
     A kind that is not possible at a moment stays on top and is tried at the next.
     """
 
-    def __init__(self, chance: random.Random, without: Collection[str] = ()) -> None:
-        self.kinds = [kind for kind in KINDS if kind.name not in without]
+    def __init__(self, chance: random.Random, names: Collection[str]) -> None:
+        self.kinds = [kind for kind in KINDS if kind.name in names]
         self._chance = chance
         self._cards = chance.sample(self.kinds, len(self.kinds))
 
-    def deal(self, scene: Scene, *, up: bool) -> Fault | None:
-        """Inject the first kind that is possible now, while the job runs (`up`) or between two starts."""
-        return self._deal(scene, up) or (self._renew() and self._deal(scene, up)) or None
+    def deal(self, scene: Scene, *, up: bool, gentle: bool = False) -> Fault | None:
+        """Inject the first kind that is possible now, while the job runs (`up`) or between two starts.
 
-    def _deal(self, scene: Scene, up: bool) -> Fault | None:
+        `gentle`: only such as the job survives.
+        """
+        fault = self._deal(scene, up, gentle)
+        return self._deal(scene, up, gentle) if fault is None and self._renew() else fault
+
+    def _deal(self, scene: Scene, up: bool, gentle: bool) -> Fault | None:
         # Between two starts, what is possible only there comes first.
-        for kind in self._cards if up else sorted(self._cards, key=lambda kind: kind.up):
-            fault = kind.inject(scene) if (kind.up if up else kind.down) else None
+        for kind in list(self._cards) if up else sorted(self._cards, key=lambda kind: kind.up):
+            if (not kind.up if up else not kind.down) or (gentle and not kind.gentle):
+                continue
+            fault = kind.inject(scene)
             if fault is not None:
                 fault.kind = kind.name
                 self._cards.remove(kind)

@@ -12,6 +12,7 @@ import psutil
 from attack.scene import Fault, Scene
 
 HANG_PATIENCE = 60.0  # seconds beyond replay.hang_timeout for a busy supervisor to kill a sampler that hangs
+STOPPING_SECONDS = 2.0
 
 
 def job_ended(scene: Scene) -> Callable[[], str | None]:
@@ -21,7 +22,7 @@ def job_ended(scene: Scene) -> Callable[[], str | None]:
     def followed() -> str | None:
         if scene.job.starts == start and (scene.job.code is None or scene.job.members()):
             return None
-        return f"all ended after {time.monotonic() - began:.1f} s, code {scene.job.code}: {scene.job.last_word()}"
+        return f"ended after {time.monotonic() - began:.1f} s, code {scene.job.code}{scene.job.last_word()}"
 
     return followed
 
@@ -35,7 +36,7 @@ def signal_role(scene: Scene, role: str, number: signal.Signals) -> Fault | None
     victim = f"{role} {chosen}, process {found[chosen].pid}" if role == "rank" else f"{role}, process {found[0].pid}"
     with contextlib.suppress(psutil.Error):
         found[chosen].send_signal(number)
-    return Fault(victim, job_ended(scene))
+    return Fault(victim, job_ended(scene), ends=True)
 
 
 def kill_rank(scene: Scene) -> Fault | None:
@@ -55,7 +56,7 @@ def kill_all(scene: Scene) -> Fault | None:
     for member in members:
         with contextlib.suppress(psutil.Error):
             member.send_signal(signal.SIGKILL)
-    return Fault(f"{len(members)} processes", job_ended(scene)) if members else None
+    return Fault(f"{len(members)} processes", job_ended(scene), ends=True) if members else None
 
 
 def sigterm(scene: Scene) -> Fault | None:
@@ -64,6 +65,21 @@ def sigterm(scene: Scene) -> Fault | None:
 
 def sigusr1(scene: Scene) -> Fault | None:
     return signal_role(scene, scene.random.choice(("rank", "launcher", "runner")), signal.SIGUSR1)
+
+
+def kill_stopping(scene: Scene) -> Fault | None:
+    """A polite signal, and kill -9 of everything while the job saves."""
+    fault = signal_role(scene, "rank", signal.SIGTERM)
+    if fault is None:
+        return None
+    kill_at, ended = time.monotonic() + scene.random.uniform(0.0, STOPPING_SECONDS), fault.followed
+
+    def followed() -> str | None:
+        if time.monotonic() > kill_at:
+            kill_all(scene)
+        return ended()
+
+    return Fault(fault.victim, followed, ends=True)
 
 
 def kill_sampler(scene: Scene) -> Fault | None:
@@ -133,4 +149,4 @@ def second_start(scene: Scene) -> Fault | None:
         guest.kill()
         return f"NOT refused properly: code {guest.code}, {guest.last_word()}"
 
-    return Fault("the same command again", followed, alone=True)
+    return Fault("the same command again", followed, spares=True)

@@ -13,6 +13,7 @@ from trainer.run import RunDir
 
 LOOK_SECONDS = 0.1
 ORPHAN_SECONDS = 30.0  # for all processes of a job to be gone once its command has ended
+EARLY = 0.25  # of the starts may meet a fault before the run goes on from where it stood
 FRUITLESS = 4  # starts in a row that end by themselves, without a result and without a fault since the first
 
 
@@ -42,6 +43,7 @@ class Round:
         self.open: list[Fault] = []
         self._fruitless = 0
         self._next = self._ended = 0.0
+        self._held: int | None = None  # size of the log at the start, until it grows
 
     def play(self) -> None:
         """Returns with the run complete and its last command ended.
@@ -60,18 +62,32 @@ class Round:
                     break
                 self._between()
                 self._start()
-            elif time.monotonic() > self._next:
+            elif self._due():
                 self._inject(up=True)
             self._settle()
             time.sleep(LOOK_SECONDS)
         self._close()
 
     def _start(self) -> None:
+        # Some starts are struck before they get anywhere, most once they learn: else nothing would ever be learnt.
+        self._held = None if self.chance.random() < EARLY else self._log_size()
         self.scene.job.start()
         self._wait()
 
     def _wait(self) -> None:
         self._next = time.monotonic() + self.chance.uniform(0.2, 1.8) * self.pause
+
+    def _due(self) -> bool:
+        """Whether it is time for a fault."""
+        if self._held is not None and self._log_size() > self._held:
+            self._held = None
+            self._wait()
+        return self._held is None and time.monotonic() > self._next
+
+    def _log_size(self) -> int:
+        """Grows while the run learns."""
+        log = self.scene.run.metrics_log
+        return log.stat().st_size if log.exists() else 0
 
     def _job_over(self) -> bool:
         """Whether the command has ended and nothing of it is left; what is left for long is an orphan."""
@@ -89,20 +105,19 @@ class Round:
     def _between(self) -> None:
         """The job is down and unfinished: perhaps a fault at rest."""
         job = self.scene.job
-        if self.faults and self.faults[-1].at > job.began:
-            self._fruitless = 0
-        else:
-            self._fruitless += 1
-            self.tell(f"start {job.starts} ended by itself, code {job.code}: {job.last_word()}", job.began)
+        since = [fault for fault in self.faults if fault.at > job.began]
+        self._fruitless = 0 if since else self._fruitless + 1
+        if not any(fault.ends for fault in since):
+            self.tell(f"start {job.starts} ended by itself, code {job.code}{job.last_word()}", job.began)
         if self._fruitless >= FRUITLESS:
-            raise Lost(f"{self.scene.run.root}: does not go on, see {job.log()}: {job.last_word()}")
+            raise Lost(f"{self.scene.run.root}: does not go on, see {job.log()}{job.last_word()}")
         self._inject(up=False)
 
     def _inject(self, *, up: bool) -> None:
         self._wait()
-        if time.monotonic() > self.calm or len(self.faults) >= self.most or any(fault.alone for fault in self.open):
+        if time.monotonic() > self.calm or len(self.faults) >= self.most or any(fault.ends for fault in self.open):
             return
-        fault = self.deck.deal(self.scene, up=up)
+        fault = self.deck.deal(self.scene, up=up, gentle=any(fault.spares for fault in self.open))
         if fault is not None:
             self.faults.append(fault)
             self.open.append(fault)

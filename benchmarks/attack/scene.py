@@ -32,7 +32,8 @@ class Fault:
 
     victim: str
     followed: Callable[[], str | None]
-    alone: bool = False  # nothing else may happen until it is settled
+    ends: bool = False  # the job, so no other fault comes before that
+    spares: bool = False  # the job, so no other fault may end it before this one is settled
     must: str = ""  # what is wrong where nothing has followed until the run is complete
     kind: str = ""  # a name in KINDS
     at: float = field(default_factory=time.monotonic)
@@ -111,12 +112,13 @@ Inject = Callable[[Scene], Fault | None]
 
 @dataclass(frozen=True)
 class Kind:
-    """`up`, `down`: whether it can happen while the job runs, between two starts."""
+    """`up`, `down`: whether it can happen while the job runs, between two starts; `gentle`: the job goes on."""
 
     name: str
     inject: Inject
     up: bool = True
     down: bool = False
+    gentle: bool = False
 
 
 def number_of(shard: Path) -> int:
