@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from attack.disk import clear, may_mount, mount, unmount
+from attack.disk import clear, may_mount, mount, unmount, unshare
 from attack.job import Job
 from attack.kinds import KINDS, Deck
 from attack.round import Lost, Round, complete
@@ -55,13 +55,13 @@ SHORT = {
 }
 CLEANUP_SECONDS = 5.0
 SHORTEST_HANG = 8.0  # a sampler gives no sign of life while it starts
+SHORTEST_PAUSE = 0.4  # seconds between two faults
 ROOM = 64 << 20  # bytes on the small disk beside three times what the twin has left: replay pools, logs
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], job_type: type[Job] = Job) -> int:
     """Run twin and rounds, tell, judge."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    chaos = Chaos(parse(argv))
+    chaos = Chaos(parse(argv), job_type)
     try:
         chaos.play()
     except Lost as error:
@@ -93,9 +93,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 class Chaos:
     """The benchmark: its time, its faults, what was lost."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, job_type: type[Job]) -> None:
         self.began = time.monotonic()
-        self.options = options
+        self.options, self.job_type = options, job_type
         self.deadline = self.began + 60 * options.minutes - CLEANUP_SECONDS
         self.settings = settings(options.overrides)
         self.config = load_config(options.config, self.settings)
@@ -148,7 +148,7 @@ class Chaos:
             run.root.mkdir(parents=True)
             mount(run.root, self._disk_size(twin))
         scene = Scene(job, run, self.tasks, self.damage, hang, self.limited)
-        pause = max(1.0, self.twin_seconds / 30)
+        pause = max(SHORTEST_PAUSE, self.twin_seconds / 30)
         most = self.options.faults - len(self.faults)
         played = Round(scene, self.deck, self.moments, self.tell, pause, calm, self.deadline, most)
         self.tell(f"round {self.rounds}: a fault every {pause:.1f} s, a hung sampler is noticed after {hang:.0f} s")
@@ -185,6 +185,7 @@ class Chaos:
             "faults": dict(sorted(Counter(fault.kind for fault in self.faults).items())),
             "never": sorted({kind.name for kind in KINDS} - {fault.kind for fault in self.faults}),
             "noticed": {name: count for name, count in sorted(self.noticed.items()) if count},
+            "tracebacks": [str(path) for path in sorted(self.logs.glob("*.txt")) if "Traceback" in path.read_text()],
             "lost": lost,
         }
 
@@ -194,6 +195,8 @@ class Chaos:
         lines = [f"noticed by the run: {record['noticed'] or 'nothing'}"]
         if record["never"]:
             lines.append(f"never injected: {', '.join(record['never'])}")
+        if record["tracebacks"]:
+            lines.append(f"ended with a traceback: {', '.join(record['tracebacks'])}")
         lines += [f"LOST: {text}" for text in record["lost"]]
         verdict = "same weights, nothing lost" if not record["lost"] else f"{len(record['lost'])} things LOST"
         many = f"{len(self.faults)} faults in {record['starts']} starts of {self.rounds} runs"
@@ -204,7 +207,7 @@ class Chaos:
         run = self.run_dir(name)
         clear(run.root)
         arguments = ["--config", self.options.config, *self.settings, *extra, f"run.name={name}"]
-        self.jobs.append(Job(arguments, self.options.ranks, self.port, self.logs, name))
+        self.jobs.append(self.job_type(arguments, self.options.ranks, self.port, self.logs, name))
         return run, self.jobs[-1]
 
     def _put_away(self, run: RunDir) -> None:
@@ -274,4 +277,6 @@ def noticed(run: RunDir) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    unshare()
     run_main(main)

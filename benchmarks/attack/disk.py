@@ -13,18 +13,18 @@ UNSHARED = "PALIMPSEST_CHAOS_UNSHARED"
 
 
 def may_mount() -> bool:
-    """Whether a tmpfs can be mounted; without the right to, this program starts anew in a mount namespace of its own.
-
-    Does not return in that case.
-    """
+    """Whether this process has the right to mount a tmpfs."""
     with tempfile.TemporaryDirectory() as directory:
-        if mount(Path(directory), 1 << 20):
-            unmount(Path(directory))
-            return True
-    if not os.environ.get(UNSHARED) and _run(["unshare", "-rm", "true"]):
+        mounted = mount(Path(directory), 1 << 20)
+        unmount(Path(directory))
+    return mounted
+
+
+def unshare() -> None:
+    """Start this program anew in a mount namespace of its own, where that gives the right; otherwise do nothing."""
+    if not may_mount() and not os.environ.get(UNSHARED) and _run(["unshare", "-rm", "true"]):
         os.environ[UNSHARED] = "1"
         os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv])
-    return False
 
 
 def mount(directory: Path, size: int) -> bool:

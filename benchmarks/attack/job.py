@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -18,39 +20,53 @@ SIGNS = {"sampler": "trainer.replay", "launcher": "deepspeed.launcher.launch", "
 LONGEST_WORD = 160
 
 
+class Command(Protocol):
+    """A started command, as `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
 class Job:
     """`deepspeed launch/train.py ...`, which may be started again and again; never twice at a time."""
 
     def __init__(self, arguments: list[str], ranks: int, port: int, logs: Path, name: str) -> None:
         """`ranks` 0: one process without a launcher. `logs` gets the output of each start, `<name>-<start>.txt`."""
-        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
-        launcher += ["--master_port", str(port)]
-        self.command = [sys.executable, *(launcher if ranks else []), str(ROOT / "launch" / "train.py"), *arguments]
-        self.ranks, self.logs, self.name = ranks, logs, name
+        self.arguments, self.ranks, self.port, self.logs, self.name = arguments, ranks, port, logs, name
         self.starts = 0
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Command | None = None
         self.began = 0.0
 
     def start(self) -> None:
         """Give the command, in a session of its own."""
         self.starts += 1
         self.began = time.monotonic()
-        environ = os.environ | {MARK: self.mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.process = self.spawn()
+
+    def spawn(self) -> Command:
+        """The command itself, with the mark in its environment and its output in the log."""
+        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(self.ranks)]
+        launcher += ["--master_port", str(self.port)]
+        command = [sys.executable, *(launcher if self.ranks else []), str(ROOT / "launch" / "train.py")]
         with self.log().open("wb") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                env=environ,
+            return subprocess.Popen(
+                [*command, *self.arguments],
+                env=os.environ | {MARK: self.mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
-    def copy(self, name: str) -> Job:
-        """The same command, as somebody else would give it."""
-        twin = Job([], self.ranks, 0, self.logs, f"{self.name}-{name}")
-        twin.command = self.command
-        return twin
+    def again(self, name: str) -> Job:
+        """The same command, to be given by somebody else."""
+        other = copy.copy(self)
+        other.name, other.starts, other.process = f"{self.name}-{name}", 0, None
+        return other
 
     @property
     def mark(self) -> str:

@@ -129,7 +129,7 @@ def second_start(scene: Scene) -> Fault | None:
         return None
     if holder not in {process.pid for process in scene.job.find("rank")}:
         return None
-    guest = scene.job.copy(f"second-{len(scene.guests) + 1}")
+    guest = scene.job.again(f"second-{len(scene.guests) + 1}")
     guest.start()
     scene.guests.append(guest)
     start = scene.job.starts

@@ -42,6 +42,7 @@ class Round:
         self.faults: list[Fault] = []
         self.open: list[Fault] = []
         self._fruitless = 0
+        self._tried_without_room = False
         self._next = self._ended = 0.0
         self._held: int | None = None  # size of the log at the start, until it grows
 
@@ -61,6 +62,7 @@ class Round:
                 if complete(self.scene.run, self.scene.tasks):
                     break
                 self._between()
+                self._await_room()
                 self._start()
             elif self._due():
                 self._inject(up=True)
@@ -106,12 +108,19 @@ class Round:
         """The job is down and unfinished: perhaps a fault at rest."""
         job = self.scene.job
         since = [fault for fault in self.faults if fault.at > job.began]
-        self._fruitless = 0 if since else self._fruitless + 1
+        self._fruitless = 0 if since or self.scene.ballast_until else self._fruitless + 1
         if not any(fault.ends for fault in since):
             self.tell(f"start {job.starts} ended by itself, code {job.code}{job.last_word()}", job.began)
         if self._fruitless >= FRUITLESS:
             raise Lost(f"{self.scene.run.root}: does not go on, see {job.log()}{job.last_word()}")
         self._inject(up=False)
+
+    def _await_room(self) -> None:
+        """One start may find the disk full; a person would not go on trying."""
+        while self.scene.ballast_until and self._tried_without_room:
+            self.scene.look()
+            time.sleep(LOOK_SECONDS)
+        self._tried_without_room = self.scene.ballast_until > 0
 
     def _inject(self, *, up: bool) -> None:
         self._wait()
