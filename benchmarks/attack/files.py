@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attack.scene import FOREIGN_TASK, Fault, Scene, fill_disk, number_of, parsed
-from trainer.position import STEP_PREFIX, newest_checkpoint
+from trainer.position import STEP_PREFIX
 from trainer.replay.state import read_json
 
 
@@ -179,11 +179,10 @@ def flip_manifest(scene: Scene) -> Fault | None:
 
 def damage_checkpoint(scene: Scene, damage: Callable[[Path], str]) -> Fault | None:
     """Damage the newest checkpoint, where there is one before it to fall back to."""
-    task, step = newest_checkpoint(scene.run, scene.tasks)
     found = list(scene.run.root.glob(f"tasks/*/checkpoints/{STEP_PREFIX}*"))
     if len(found) < 2:
         return None
-    directory = next(path for path in found if path.parent.parent.name == str(task) and path.name.endswith(f"{step}"))
+    directory = max(found, key=lambda path: (int(path.parent.parent.name), path.name))
     victim = scene.random.choice(sorted(path for path in directory.iterdir() if path.stat().st_size))
     text = f"{shown(scene, victim)}{damage(victim)}"
     name, start, began = shown(scene, directory), scene.job.starts, time.monotonic()
@@ -193,6 +192,8 @@ def damage_checkpoint(scene: Scene, damage: Callable[[Path], str]) -> Fault | No
             told = [line for line in scene.job.output(later).splitlines() if name in line]
             if told:
                 return f"named after {time.monotonic() - began:.1f} s: {told[0].strip()}"
+        if scene.job.starts > start + 1 and not directory.exists():
+            return "put aside by a start that was ended before it could say so"
         return None
 
     return Fault(text, followed, must="the damaged checkpoint was never named")
