@@ -47,10 +47,10 @@ class Deck:
     def deal(self, scene: Scene, *, up: bool, gentle: bool = False) -> Fault | None:
         """Inject the first kind that is possible now, while the job runs (`up`) or between two starts.
 
-        `gentle`: only such as the job survives.
+        `gentle`: only such as the job survives, and none a second time before the others.
         """
         fault = self._deal(scene, up, gentle)
-        return self._deal(scene, up, gentle) if fault is None and self._renew() else fault
+        return self._deal(scene, up, gentle) if fault is None and not gentle and self._renew() else fault
 
     def _deal(self, scene: Scene, up: bool, gentle: bool) -> Fault | None:
         # Between two starts, what is possible only there comes first.
