@@ -119,10 +119,9 @@ class Chaos:
         """The twin, then rounds while there is time. Raises Lost."""
         twin = self.run_twin()
         while not self.lost and len(self.faults) < self.options.faults:
-            calm = self.deadline - 1.6 * self.twin_seconds - 10  # enough to learn everything once more
-            if self.rounds and time.monotonic() + self.twin_seconds > calm:
+            if self.rounds and time.monotonic() + 3 * self.twin_seconds > self.deadline:
                 break
-            self.run_round(twin, calm)
+            self.run_round(twin)
 
     def run_twin(self) -> RunDir:
         """The run that nothing happens to."""
@@ -139,7 +138,7 @@ class Chaos:
         self.tell(f"the twin took {self.twin_seconds:.1f} s")
         return run
 
-    def run_round(self, twin: RunDir, calm: float) -> None:
+    def run_round(self, twin: RunDir) -> None:
         """One run under attack, compared with the twin. Raises Lost."""
         self.rounds += 1
         hang = max(SHORTEST_HANG, self.twin_seconds / 3)
@@ -150,7 +149,7 @@ class Chaos:
         scene = Scene(job, run, self.tasks, self.damage, hang, self.limited)
         pause = max(SHORTEST_PAUSE, self.twin_seconds / 30)
         most = self.options.faults - len(self.faults)
-        played = Round(scene, self.deck, self.moments, self.tell, pause, calm, self.deadline, most)
+        played = Round(scene, self.deck, self.moments, self.tell, pause, self.twin_seconds, self.deadline, most)
         self.tell(f"round {self.rounds}: a fault every {pause:.1f} s, a hung sampler is noticed after {hang:.0f} s")
         try:
             played.play()

@@ -45,6 +45,7 @@ class Job:
         """Give the command, in a session of its own."""
         self.starts += 1
         self.began = time.monotonic()
+        self.log().touch()
         self.process = self.spawn()
 
     def spawn(self) -> Command:

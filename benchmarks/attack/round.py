@@ -14,6 +14,7 @@ from trainer.run import RunDir
 LOOK_SECONDS = 0.1
 ORPHAN_SECONDS = 30.0  # for all processes of a job to be gone once its command has ended
 EARLY = 0.25  # of the starts may meet a fault before the run goes on from where it stood
+MARGIN, MARGIN_SECONDS = 1.6, 10.0  # kept for what is left of the run: it takes longer than undisturbed
 FRUITLESS = 4  # starts in a row that end by themselves, without a result and without a fault since the first
 
 
@@ -31,14 +32,14 @@ class Round:
         chance: random.Random,
         tell: Callable[[str, float], None],
         pause: float,
-        calm: float,
+        needed: float,
         deadline: float,
         most: int,
     ) -> None:
-        """`pause`: mean seconds between two faults; `calm`, `deadline`: when (monotonic) the last fault may come and
-        the run has to be complete; `most`: faults at most."""
+        """`pause`: mean seconds between two faults; `needed`: seconds that the whole run takes undisturbed;
+        `deadline`: when (monotonic) it has to be complete; `most`: faults at most."""
         self.scene, self.deck, self.chance, self.tell = scene, deck, chance, tell
-        self.pause, self.calm, self.deadline, self.most = pause, calm, deadline, most
+        self.pause, self.needed, self.deadline, self.most = pause, needed, deadline, most
         self.faults: list[Fault] = []
         self.open: list[Fault] = []
         self._fruitless = 0
@@ -124,12 +125,18 @@ class Round:
 
     def _inject(self, *, up: bool) -> None:
         self._wait()
-        if time.monotonic() > self.calm or len(self.faults) >= self.most or any(fault.ends for fault in self.open):
+        if self._calm() or len(self.faults) >= self.most or any(fault.ends for fault in self.open):
             return
         fault = self.deck.deal(self.scene, up=up, gentle=any(fault.spares for fault in self.open))
         if fault is not None:
             self.faults.append(fault)
             self.open.append(fault)
+
+    def _calm(self) -> bool:
+        """Whether the time that is left is for what is left of the run."""
+        tasks, run = self.scene.tasks, self.scene.run
+        left = tasks - sum((run.teacher(task) / "card.json").exists() for task in range(1, tasks + 1))
+        return time.monotonic() + MARGIN * self.needed * (1 + left) / (1 + tasks) + MARGIN_SECONDS > self.deadline
 
     def _settle(self) -> None:
         """Tell what followed from the faults of which that is known now."""
