@@ -47,10 +47,12 @@ class Deck:
     def deal(self, scene: Scene, *, up: bool, gentle: bool = False) -> Fault | None:
         """Inject the first kind that is possible now, while the job runs (`up`) or between two starts.
 
-        `gentle`: only such as the job survives, and none a second time before the others.
+        `gentle`: only such as the job survives. Everything is dealt anew only where nothing at all is possible.
         """
         fault = self._deal(scene, up, gentle)
-        return self._deal(scene, up, gentle) if fault is None and not gentle and self._renew() else fault
+        if fault is None and up and not gentle and self._renew():
+            fault = self._deal(scene, up, gentle)
+        return fault
 
     def _deal(self, scene: Scene, up: bool, gentle: bool) -> Fault | None:
         # Between two starts, what is possible only there comes first.
