@@ -118,7 +118,7 @@ class Chaos:
     def play(self) -> None:
         """The twin, then rounds while there is time. Raises Lost."""
         twin = self.run_twin()
-        while not self.lost and len(self.faults) < self.options.faults:
+        while len(self.faults) < self.options.faults:
             if self.rounds and time.monotonic() + 3 * self.twin_seconds > self.deadline:
                 break
             self.run_round(twin)

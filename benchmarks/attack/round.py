@@ -12,7 +12,7 @@ from attack.scene import Fault, Scene
 from trainer.run import RunDir
 
 LOOK_SECONDS = 0.1
-ORPHAN_SECONDS = 30.0  # for all processes of a job to be gone once its command has ended
+ORPHAN_SECONDS = 75.0  # for all of a job to be gone once its command has ended; a rank may take 60 to save
 EARLY = 0.25  # of the starts may meet a fault before the run goes on from where it stood
 MARGIN, MARGIN_SECONDS = 1.6, 10.0  # kept for what is left of the run: it takes longer than undisturbed
 FRUITLESS = 4  # starts in a row that end by themselves, without a result and without a fault since the first
