@@ -32,6 +32,7 @@ from trainer.config import Config
 from trainer.data import shards
 from trainer.replay import manifest as manifest_module
 from trainer.replay import pool_source, reader
+from trainer.replay.decode import shard_name
 from trainer.replay.draws import draws
 from trainer.replay.request import ReplayRequest, plan_request, write_request
 from trainer.replay.sidecar import Sampler
@@ -39,7 +40,7 @@ from trainer.replay.state import write_state
 from trainer.replay.trajectory import TrajectoryBatch
 from trainer.run import RunDir
 
-STEPS, BATCH, CAPACITY = 24, 4, 6
+STEPS, CHECKPOINT_STEPS, BATCH, CAPACITY = 24, 4, 4, 6
 MEMORY = Path("/dev/shm")  # nothing here has to reach a disk
 
 
@@ -86,7 +87,7 @@ def tiny_request() -> ReplayRequest:
     config = Config()
     config.data.image_size, config.data.channels = 12, 1
     config.train.global_batch, config.train.images_per_task = BATCH, BATCH * STEPS
-    config.checkpoint.every_images = BATCH * 4
+    config.checkpoint.every_images = BATCH * CHECKPOINT_STEPS
     config.replay.points_per_trajectory, config.replay.shard_trajectories = 2, 4
     size = plan_request(config, 2, [0, 1, 2], STEPS).shard_bytes
     config.replay.pool_gb = (CAPACITY + 0.5) * size / 1e9
@@ -216,9 +217,10 @@ class PoolMachine(RuleBasedStateMachine):
         assert torch.equal(target, self.expected.targets[trajectory, point].float())  # type: ignore[index]
         assert torch.equal(torch.cat([part.t for part in points]), self.expected.t[trajectory, point])  # type: ignore[union-attr]
         self.step += 1
+        if self.step % CHECKPOINT_STEPS == 0:
+            self.checkpoint()
         return True
 
-    @rule()
     def checkpoint(self) -> None:
         self.saved, self.saved_stats = self.step, self.crew.stats()
         self.crew.main.release(self.step)
@@ -229,6 +231,14 @@ class PoolMachine(RuleBasedStateMachine):
         self.crew.close()
         self.step = self.saved
         self.crew = Crew(self, size, batch=BATCH, prefetch=1, start_step=self.step, restored=self.saved_stats)
+
+    @rule(size=st.sampled_from([1, 2]), how=st.sampled_from(["flip", "swap"]), place=st.floats(0, 0.99))
+    @precondition(lambda self: self.step < STEPS)
+    def restart_onto_damage(self, size: int, how: str, place: float) -> None:
+        """What is in no rank's memory and has changed on the disk."""
+        self.restart_the_trainer(size)
+        self.damage_a_shard(0, how, place)
+        self.train(2)
 
     @invariant()
     def the_pool_stays_below_its_limit(self) -> None:
@@ -243,8 +253,7 @@ class PoolMachine(RuleBasedStateMachine):
                 break
             for sampler in self.samplers:
                 self.make(sampler)
-            if self.train_one() and self.step % 4 == 0:
-                self.checkpoint()
+            self.train_one()
         assert self.step == STEPS, "somebody waits for ever"
         assert self.crew.stats()["points_used"] == STEPS * BATCH
         self.crew.close()
@@ -270,9 +279,9 @@ def options(examples: int) -> settings:
 
 
 def test_no_interleaving_gives_a_wrong_point() -> None:
-    run_state_machine_as_test(PoolMachine, settings=options(25))
+    run_state_machine_as_test(PoolMachine, settings=options(15))
 
 
 @pytest.mark.slow
 def test_no_interleaving_of_many_gives_a_wrong_point() -> None:
-    run_state_machine_as_test(PoolMachine, settings=options(300))
+    run_state_machine_as_test(PoolMachine, settings=options(150))
