@@ -153,10 +153,10 @@ class PoolMachine(RuleBasedStateMachine):
                     with path.open("ab") as file:
                         file.write(b'{"id":"12')
                 raise Crash
-            append_line(path, content)
+            append_sealed(path, content)
 
-        append_line = manifest_module.append_line
-        target, stand_in = ("manifest.append_line", no_line) if "line" in place else ("pool.write_atomic", no_tar)
+        append_sealed = manifest_module.append_sealed
+        target, stand_in = ("manifest.append_sealed", no_line) if "line" in place else ("pool.write_atomic", no_tar)
         with suppress(Crash), patch(f"trainer.replay.{target}", stand_in):
             self.make(self.samplers[0])
         self.start_samplers(len(self.samplers))

@@ -136,6 +136,28 @@ def write_atomic(path: Path, data: bytes) -> None:
     fsync_directory(path.parent)
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Append one line, given without its end, with a single write, and flush it to the disk.
+
+    A torn tail, left by a writer that died, is closed first so that it cannot swallow this line.
+
+    Raises:
+        OSError: it did not fit, or not whole: then its beginning is such a tail.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = line + b"\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            data = b"\n" + data
+        if os.write(descriptor, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def encode_shard(name: str, samples: Iterable[Sample], labels: list[int] | None = None) -> tuple[ShardEntry, bytes]:
     """Serialise samples to a tar.
 

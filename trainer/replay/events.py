@@ -6,14 +6,12 @@ Each process appends to a file of its own, so that no two ever write to one, on 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
-from trainer.data.shards import FULL_DISK
+from trainer.data.shards import FULL_DISK, append_line
 from trainer.run import RunDir
 
 
@@ -28,7 +26,6 @@ class Event(str, Enum):
     out_of_memory = "out_of_memory"  # the sampler's micro-batch was halved
     disk_full = "disk_full"  # the sampler had to wait for room
     damaged_checkpoint = "damaged_checkpoint"  # not loaded: an older one was
-    skipped_step = "skipped_step"  # a loss or gradient was not finite
 
 
 class EventLog:
@@ -41,15 +38,14 @@ class EventLog:
     def add(self, kind: Event, **details: Any) -> None:
         """Note an event with JSON values that say where and why."""
         content = {"time": round(time.time(), 3), "event": kind.value, **details}
-        self._pending.append(json.dumps(content, separators=(",", ":")).encode() + b"\n")
+        self._pending.append(json.dumps(content, separators=(",", ":")).encode())
         self.flush()
 
     def flush(self) -> None:
         """Write what is pending; on a full disk, keep it. Raises other OSErrors."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             while self._pending:
-                _append(self.path, self._pending[0])
+                append_line(self.path, self._pending[0])
                 self._pending.pop(0)
         except OSError as error:
             if error.errno not in FULL_DISK:
@@ -74,17 +70,3 @@ def count_events(run: RunDir) -> dict[str, int]:
     """How often each kind of event has happened, all kinds named."""
     counts = Counter(event["event"] for event in read_events(run))
     return {kind.value: counts[kind.value] for kind in Event}
-
-
-def _append(path: Path, line: bytes) -> None:
-    """One write; a torn line before it is closed first, so that it does not swallow this one."""
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        data = b"\n" + line if torn else line
-        if os.write(descriptor, data) != len(data):
-            os.ftruncate(descriptor, size)
-            raise OSError(FULL_DISK[0], os.strerror(FULL_DISK[0]), str(path))
-    finally:
-        os.close(descriptor)

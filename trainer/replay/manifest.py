@@ -7,7 +7,6 @@ flipped, counts as never written.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from trainer.data.shards import append_line
 from trainer.errors import UserError
 from trainer.replay.decode import shard_name
 
@@ -94,7 +94,7 @@ class Manifest:
         return any(line.id not in known for line in self.shards.values())
 
     def publish(self, line: ShardLine) -> None:
-        append_line(self.path, asdict(line))
+        append_sealed(self.path, asdict(line))
 
     def redo(self, shard: int, id: str, reason: str) -> None:
         """Take back the publication `id` of a shard, which is corrupt; others stay."""
@@ -105,7 +105,7 @@ class Manifest:
         self._take_back("retired", shard, id)
 
     def _take_back(self, event: str, shard: int, id: str, **details: str) -> None:
-        append_line(self.path, {"event": event, "shard": shard, "id": id, **details, "schema": MANIFEST_SCHEMA})
+        append_sealed(self.path, {"event": event, "shard": shard, "id": id, **details, "schema": MANIFEST_SCHEMA})
 
     def _forget(self) -> None:
         self.shards: dict[int, ShardLine] = {}
@@ -164,23 +164,9 @@ def unseal(line: bytes) -> dict[str, Any] | None:
     return content if intact else None
 
 
-def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Append one sealed line with a single write, then flush it to the disk. Raises OSError where it did not fit.
-
-    A torn tail, left by a writer that died, is closed first so that it cannot swallow this line.
-    """
-    data = seal(content) + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            data = b"\n" + data
-        if os.write(descriptor, data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def append_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Append one sealed line. Raises OSError as `append_line` does."""
+    append_line(path, seal(content))
 
 
 def _entry(content: dict[str, Any]) -> ShardLine | None:
