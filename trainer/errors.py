@@ -16,6 +16,11 @@ class ConfigError(UserError):
     """A configuration that cannot be run; the message names the key."""
 
 
+def disk_error(error: OSError) -> UserError:
+    """What the operating system refused, as a person can mend it."""
+    return UserError(f"{error.filename or 'the run directory'}: {error.strerror or error}; key run.dir")
+
+
 def one_line(value: object) -> str:
     """What a message shows of something found in a file: one line, and no long one."""
     text = " ".join(str(value).split())

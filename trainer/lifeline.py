@@ -8,7 +8,9 @@ node's first rank asks the launcher to stop, which ends every rank in the ordina
 
 from __future__ import annotations
 
+import base64
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -30,14 +32,22 @@ def tie_to_launcher() -> None:
     """Make this rank stop when its launcher dies; does nothing without a launcher or outside Linux. Repeatable."""
     global _tied
     launcher = os.getppid()
-    if _tied or not sys.platform.startswith("linux") or "RANK" not in os.environ or _name(launcher) in SHELLS:
+    if _tied or not sys.platform.startswith("linux") or "RANK" not in os.environ:
+        return
+    if "CROSS_RANK" in os.environ and not any("deepspeed.launcher.launch" in word for word in _arguments(launcher)):
+        os.kill(os.getpid(), signal.SIGTERM)  # only DeepSpeed's launcher sets it: it has died while this rank imported
+    if _name(launcher) in SHELLS:
         return
     _tied = True
     die_with_parent(launcher, signal.SIGTERM)
     end_after_parent(launcher, GRACE_SECONDS)
     runner = _parent(launcher)
-    if os.environ.get("LOCAL_RANK") == "0" and runner is not None and _is_runner(runner):
+    if os.environ.get("LOCAL_RANK") != "0" or runner is None:
+        return
+    if _is_runner(runner):
         watch_runner(launcher, runner)
+    elif _is_local(launcher):
+        _terminate(launcher)  # its runner, which was on this machine, has died while this rank imported
 
 
 def die_with_parent(parent: int, signum: int = signal.SIGKILL) -> None:
@@ -101,8 +111,21 @@ def _parent(pid: int) -> int | None:
 
 
 def _is_runner(pid: int) -> bool:
+    return any(Path(argument).name in RUNNERS for argument in _arguments(pid)[:4])
+
+
+def _is_local(launcher: int) -> bool:
+    """Whether a runner started this launcher of DeepSpeed's on its own machine, without a hostfile."""
+    prefix = "--world_info="
+    words = [word.removeprefix(prefix) for word in _arguments(launcher) if word.startswith(prefix)]
     try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
+        return list(json.loads(base64.urlsafe_b64decode(words[0]))) == ["localhost"]
+    except (IndexError, ValueError, TypeError):
         return False
-    return any(Path(argument).name in RUNNERS for argument in arguments[:4])
+
+
+def _arguments(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []

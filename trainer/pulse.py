@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from trainer.errors import ToldElsewhere, UserError
+from trainer.errors import ToldElsewhere, UserError, disk_error
 
 INTERVAL_SECONDS = 0.5  # between two exchanges, about
 LONGEST_INTERVAL = 16  # steps
@@ -83,7 +83,7 @@ class Pulse:
         except UserError as error:
             failure = error
         except OSError as error:
-            failure = UserError(f"{error.filename or 'the run directory'}: {error.strerror or error}; key run.dir")
+            failure = disk_error(error)
         rows = self._world.exchange([self._stop_wanted(), failure is not None, self._interval(step), *words])
         if any(row[FAILED] for row in rows):
             raise failure or ToldElsewhere("another rank failed")

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from trainer.cli import USER_ERROR
 from trainer.config import Config, Placement
 from trainer.data.shards import read_card
-from trainer.errors import ToldElsewhere, UserError
+from trainer.errors import ToldElsewhere, UserError, disk_error
 from trainer.judge import Judge, picture_paths
 from trainer.lifeline import tie_to_launcher
 from trainer.loop import Trainer
@@ -69,13 +69,16 @@ def prepare(config: Config, run: RunDir) -> bool:
     Raises:
         UserError: what a person can mend.
     """
-    lock_run(run)
-    done = finished_result(run, config)
-    if done is None:
-        preflight(config, run)
-        return False
-    check_run(config, run)
-    write_state(run, len(config.data.tasks), finished=True)
+    try:
+        lock_run(run)
+        done = finished_result(run, config)
+        if done is None:
+            preflight(config, run)
+            return False
+        check_run(config, run)
+        write_state(run, len(config.data.tasks), finished=True)
+    except OSError as error:
+        raise disk_error(error) from None
     print_result(done, picture_paths(run, len(config.data.tasks)))
     return True
 
@@ -103,21 +106,23 @@ def work(config: Config, run: RunDir, world: World, began: float) -> int:
         return 0
     except Stopped as stopped:
         if world.is_main:
-            state = read_state(run)
-            write_state(run, state.task if state else 1, finished=True)
+            end_work(run)
             print(f"{run.root}: {stopped}", flush=True)
         return 0
     except ToldElsewhere:
         return USER_ERROR
-    except OSError as error:
-        print(
-            f"error: {error.filename or run.root}: {error.strerror or error}; key run.dir", file=sys.stderr, flush=True
-        )
-        return USER_ERROR
-    except UserError as error:
+    except (UserError, OSError) as error:
+        told = disk_error(error) if isinstance(error, OSError) else error
         rank = "" if world.is_main else f" (rank {world.rank})"
-        print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error{rank}: {' '.join(str(told).split())}", file=sys.stderr, flush=True)
         return USER_ERROR
+
+
+def end_work(run: RunDir) -> None:
+    """Tell the samplers that this attempt is over; those of a job also end with it, should the disk be full."""
+    state = read_state(run)
+    with suppress(OSError):
+        write_state(run, state.task if state else 1, finished=True)
 
 
 def teach(config: Config, run: RunDir, role: Role, cuda: bool) -> int:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.errors import ToldElsewhere, UserError
+from trainer.errors import ToldElsewhere, UserError, disk_error
 from trainer.lifeline import tie_to_launcher
 from trainer.stop import Stopped
 
@@ -95,7 +95,7 @@ class World:
             except (UserError, Stopped) as error:
                 failure = error
             except OSError as error:
-                failure = UserError(f"{error.filename or 'the run directory'}: {error.strerror or error}; key run.dir")
+                failure = disk_error(error)
         failed, stopped = self.exchange([failure is not None, isinstance(failure, Stopped)])[0]
         if stopped:
             raise failure or Stopped("the main rank was stopped")
