@@ -75,3 +75,14 @@ def test_no_rank_outlives_the_launcher_or_the_runner(tmp_path: Path, victim: str
             os.kill(pid, signal.SIGKILL)
         runner.kill()
         runner.communicate()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's PR_SET_PDEATHSIG")
+def test_rank_whose_launcher_died_while_it_was_importing_ends() -> None:
+    """DeepSpeed's launcher sets CROSS_RANK; the parent here is none."""
+    program = "from trainer.lifeline import tie_to_launcher; tie_to_launcher(); print('goes on')"
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "PYTHONPATH": str(ROOT)}
+    orphan = subprocess.run([sys.executable, "-c", program], env=os.environ | ranks | {"CROSS_RANK": "0"}, timeout=60)
+    assert orphan.returncode == -signal.SIGTERM
+    other = subprocess.run([sys.executable, "-c", program], env=os.environ | ranks, timeout=60)
+    assert other.returncode == 0

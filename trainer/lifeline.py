@@ -23,6 +23,7 @@ PR_SET_PDEATHSIG = 1
 LOOK_SECONDS = 1.0
 GRACE_SECONDS = 60.0  # for a rank without a launcher to save and end
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "fish", "ksh", "csh", "tcsh", "tmux", "screen", "init", "systemd"})
+REAPERS = frozenset({"init", "systemd"})
 RUNNERS = frozenset({"deepspeed", "ds", "deepspeed.launcher.runner"})
 
 _tied = False
@@ -46,7 +47,7 @@ def tie_to_launcher() -> None:
         return
     if _is_runner(runner):
         watch_runner(launcher, runner)
-    elif _is_local(launcher):
+    elif _is_adopted(runner) and _is_local(launcher):
         _terminate(launcher)  # its runner, which was on this machine, has died while this rank imported
 
 
@@ -112,6 +113,11 @@ def _parent(pid: int) -> int | None:
 
 def _is_runner(pid: int) -> bool:
     return any(Path(argument).name in RUNNERS for argument in _arguments(pid)[:4])
+
+
+def _is_adopted(parent: int) -> bool:
+    """Whether this is who takes over children whose parents have died."""
+    return (parent == 1 or _name(parent) in REAPERS) and _name(parent) not in SHELLS - REAPERS
 
 
 def _is_local(launcher: int) -> bool:

@@ -67,6 +67,7 @@ class Trainer:
         self.pulse = Pulse(world, stop.wanted, self._publish_checkpoints)
         self.position = Position()
         self.meter = Meter()
+        self.events = EventLog(run, "trainer")
         self._saved_at = began
         self._saved_step = (0, 0)  # task and step of the newest checkpoint, written or being written
         self._replay_source: ReplaySource | None = None  # of the present task
@@ -102,7 +103,7 @@ class Trainer:
         task, step, complaints = sound_checkpoint(self.run, len(self.tasks))
         for complaint in complaints:
             print(complaint, file=sys.stderr, flush=True)
-            EventLog(self.run, "trainer").add(Event.damaged_checkpoint, reason=complaint)
+            self.events.add(Event.damaged_checkpoint, reason=complaint)
         return task, step
 
     def close(self) -> None:
@@ -224,6 +225,8 @@ class Trainer:
 
     def _publish_checkpoints(self) -> None:
         """Give back what the checkpoints that were written meanwhile make superfluous. Raises UserError."""
+        if self.world.is_main:
+            self.events.flush()  # what a full disk refused before
         for path in self.engine.published():
             task, step = parse_checkpoint(path)
             prune_checkpoints(self.run, task, self.config.checkpoint.keep)
