@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "PALIMPSEST_CHAOS_JOB"
 SIGNS = {"sampler": "trainer.replay", "launcher": "deepspeed.launcher.launch", "rank": "--local_rank="}
-LONGEST_WORD = 160
+LONGEST_WORD = 200
+FAREWELL = "the same command goes on from here"
 
 
 class Command(Protocol):
@@ -86,11 +88,10 @@ class Job:
         return self.log(start).read_text(errors="replace")
 
     def last_word(self) -> str:
-        """What the latest start said of its end, after a colon: its error or its farewell, else its last line."""
-        lines = [line.strip() for line in self.output().splitlines() if line.strip()]
-        told = [line for line in lines if line.startswith("error") or "goes on from here" in line]
-        own = [line for line in lines if not line.startswith("[")]  # the launcher's begin with the time
-        return f": {(told or own)[-1][:LONGEST_WORD]}" if told or own else ""
+        """What the latest start said of its end, after a colon: its error, traceback's last line or farewell."""
+        lines = [line.strip() for line in self.output().splitlines()]
+        told = [line for line in lines if re.match(r"error\b|\w+(Error|Exception)\b", line) or FAREWELL in line]
+        return f": {told[-1][:LONGEST_WORD]}" if told else ""
 
     def members(self) -> list[psutil.Process]:
         """Every living process of the job, also one that has lost its parents."""

@@ -45,7 +45,7 @@ class Round:
         self._fruitless = 0
         self._tried_without_room = False
         self._next = self._ended = 0.0
-        self._held: int | None = None  # size of the log at the start, until it grows
+        self._held: int | None = None  # progress at the start, until it grows
 
     def play(self) -> None:
         """Returns with the run complete and its last command ended.
@@ -73,7 +73,7 @@ class Round:
 
     def _start(self) -> None:
         # Some starts are struck before they get anywhere, most once they learn: else nothing would ever be learnt.
-        self._held = None if self.chance.random() < EARLY else self._log_size()
+        self._held = None if self.chance.random() < EARLY else self._progress()
         self.scene.job.start()
         self._wait()
 
@@ -82,15 +82,15 @@ class Round:
 
     def _due(self) -> bool:
         """Whether it is time for a fault."""
-        if self._held is not None and self._log_size() > self._held:
+        if self._held is not None and self._progress() > self._held:
             self._held = None
             self._wait()
         return self._held is None and time.monotonic() > self._next
 
-    def _log_size(self) -> int:
-        """Grows while the run learns."""
+    def _progress(self) -> int:
+        """Lines about steps in the log: it grows while the run learns."""
         log = self.scene.run.metrics_log
-        return log.stat().st_size if log.exists() else 0
+        return log.read_bytes().count(b'"event": "train"') if log.exists() else 0
 
     def _job_over(self) -> bool:
         """Whether the command has ended and nothing of it is left; what is left for long is an orphan."""
