@@ -69,11 +69,10 @@ def lock_run(run: RunDir, patience: float = LOCK_SECONDS) -> None:
         raise UserError(f"{run.root}: cannot be written ({error.strerror}); key run.dir") from None
     deadline = time.monotonic() + patience
     while not _try_lock(descriptor):
-        if time.monotonic() < deadline:
-            time.sleep(0.1)
-            continue
-        holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
-        raise UserError(f"{run.root}: a live run holds this directory (process {holder}); key run.name") from None
+        if time.monotonic() >= deadline:
+            holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
+            raise UserError(f"{run.root}: a live run holds this directory (process {holder}); key run.name")
+        time.sleep(0.1)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())  # never closed: the lock lasts as long as the process
 

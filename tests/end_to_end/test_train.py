@@ -211,9 +211,10 @@ def test_teacher_of_another_run_is_refused(workplace: Workplace, whole: str) -> 
 
 def test_second_start_on_a_live_run_is_refused(workplace: Workplace, whole: str) -> None:
     run = workplace.path / "runs" / "live"
-    process = workplace.start("run.name=live", TASKS)
+    settings = ("run.name=live", TASKS, "train.images_per_task=192000")  # it is not over while the second waits
+    process = workplace.start(*settings)
     wait_until_published(run / "lock", process)
-    assert "a live run holds this directory" in refused(workplace, "run.name=live", TASKS)
+    assert "a live run holds this directory" in refused(workplace, *settings)
     process.kill()
 
 
