@@ -19,6 +19,8 @@ from trainer.preflight import (
     resolve_root,
     sweep,
 )
+from trainer.replay.state import write_json
+from trainer.replay.watch import given_up
 from trainer.run import RunDir
 from trainer.settings import as_plain, load_config
 
@@ -83,6 +85,17 @@ def test_sweep_takes_litter_alone(tmp_path: Path) -> None:
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in litter)
     assert not (run.checkpoints(1) / ".step-00000003.77.old").exists()
+
+
+def test_who_gave_up_before_does_not_speak_of_this_attempt(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    elsewhere = {"pid": 7, "host": "another-node"}
+    for worker, status in enumerate((elsewhere, elsewhere | {"given_up": "no device"}, {"pid": "x"}, {})):
+        write_json(run.supervisor(worker), status)
+    assert given_up(run) == "no device"
+    sweep(run)
+    assert [run.supervisor(worker).exists() for worker in range(4)] == [True, False, False, False]
+    assert given_up(run) == ""
 
 
 def test_disk_counts_what_is_written_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ since is found. Nothing is pickled.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -236,6 +237,7 @@ def _lists_files(files: Any) -> bool:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    """Damage, unless it is only that reading is not allowed."""
-    kind = UserError if isinstance(error, PermissionError) else DamagedCheckpoint
+    """Damage, unless it is a passing trouble of the system, or a lack of permission."""
+    gone = isinstance(error, FileNotFoundError | IsADirectoryError) or getattr(error, "errno", None) == errno.EIO
+    kind = UserError if isinstance(error, OSError) and not gone else DamagedCheckpoint
     return kind(f"{path}: unreadable checkpoint ({error})")

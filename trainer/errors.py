@@ -1,5 +1,8 @@
 """Errors that a person can act on."""
 
+import sys
+from contextlib import suppress
+
 
 class UserError(ValueError):
     """Something the person who started the program can mend: one line, naming the file and the key.
@@ -19,6 +22,12 @@ class ConfigError(UserError):
 def disk_error(error: OSError) -> UserError:
     """What the operating system refused, as a person can mend it."""
     return UserError(f"{error.filename or 'the run directory'}: {error.strerror or error}; key run.dir")
+
+
+def say(text: str) -> None:
+    """A line for people on stderr, which may lie on a full disk: then it is lost, and nothing else."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def one_line(value: object) -> str:

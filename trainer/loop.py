@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -20,7 +19,7 @@ from trainer.data.shards import INDEX_NAME
 from trainer.data.stream import HostBatch, RealStream
 from trainer.diffusion.schedules import make_schedule
 from trainer.engine import Engine
-from trainer.errors import ToldElsewhere, UserError
+from trainer.errors import ToldElsewhere, UserError, say
 from trainer.judge import Judge
 from trainer.meter import Meter
 from trainer.methods import Rehearsal, build_method
@@ -71,6 +70,7 @@ class Trainer:
         self._saved_at = began
         self._saved_step = (0, 0)  # task and step of the newest checkpoint, written or being written
         self._replay_source: ReplaySource | None = None  # of the present task
+        self._troubled = False  # in the middle of skipped steps
 
     # --- the run -------------------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ class Trainer:
         """Task and step of the newest sound checkpoint, on the main rank; names those that are damaged."""
         task, step, complaints = sound_checkpoint(self.run, len(self.tasks))
         for complaint in complaints:
-            print(complaint, file=sys.stderr, flush=True)
+            say(complaint)
             self.events.add(Event.damaged_checkpoint, reason=complaint)
         return task, step
 
@@ -147,13 +147,18 @@ class Trainer:
 
     def freeze(self, task: int) -> None:
         """Publish the model as it is after a task: teacher of the next, diffusers pipeline, buffer of real images."""
-        published = (self.run.teacher(task) / CARD_NAME).exists() and self.run.pipeline(task).exists()
-        buffered = self.method.rehearsal is not Rehearsal.buffer or (self.run.buffer(task) / INDEX_NAME).exists()
-        if self.world.any(self.world.is_main and not (published and buffered)):
+        # The main rank alone looks: network file systems would go on telling the others that nothing is there.
+        if self.world.any(self.world.is_main and not self._published(task)):
             weights = self.engine.weights(ema=True)
             self.world.on_main(lambda: self._publish(task, weights))
-        if self.config.needs_teacher:
+        if self.config.needs_teacher and task > 1 and self.config.replay.placement is not Placement.inline:
             self.world.on_main(lambda: discard(self.run, task, self.config.replay.retirement))
+
+    def _published(self, task: int) -> bool:
+        parts = [self.run.teacher(task) / CARD_NAME, self.run.pipeline(task)]
+        if self.method.rehearsal is Rehearsal.buffer:
+            parts.append(self.run.buffer(task) / INDEX_NAME)
+        return all(part.exists() for part in parts)
 
     # --- one step ------------------------------------------------------------------------------------------------
 
@@ -176,19 +181,18 @@ class Trainer:
     def after_step(self, task: int) -> None:
         """Collect garbage, log and save: at fixed steps, so at the same ones on all ranks."""
         step, train = self.position.step, self.config.train
-        last = step == self.steps
-        saving = last or step % self.checkpoint_steps == 0
+        saving = step == self.steps or step % self.checkpoint_steps == 0
         if step % train.gc_every == 0:
             gc.collect()
         if saving or step % train.log_every == 0:
             self.log(task)
         if saving:
-            self.save(task, last)
+            self.save(task)
 
     def halt(self, task: int) -> NoReturn:
         """Save where the run stands, and stop."""
         if self._saved_step != (task, self.position.step) and self.position.step:
-            self.save(task, last=False)
+            self.save(task)
         self.engine.flush()
         self._publish_checkpoints()
         raise Stopped(f"stopped and saved in task {task} after {self.seen} images; {GOES_ON}")
@@ -205,16 +209,9 @@ class Trainer:
         """Real images of the current task seen so far."""
         return self.position.step * self.config.train.global_batch
 
-    def save(self, task: int, last: bool) -> None:
-        """Take a checkpoint; it is written while the training goes on.
-
-        Not in the middle of skipped steps, or the checkpoints from before the trouble would be pruned; the `last` of a
-        task is needed all the same. With fp16 skipping is how the loss scale is found.
-        """
+    def save(self, task: int) -> None:
+        """Take a checkpoint; it is written while the training goes on."""
         position, replay = self.position, self._replay_source
-        in_a_row = self.engine.skips()[1]
-        if in_a_row and not last and self.engine.dtype is not torch.float16:
-            return
         now = time.monotonic()
         position.cost["wall_seconds"] += now - self._saved_at
         self._saved_at = now
@@ -229,7 +226,8 @@ class Trainer:
             self.events.flush()  # what a full disk refused before
         for path in self.engine.published():
             task, step = parse_checkpoint(path)
-            prune_checkpoints(self.run, task, self.config.checkpoint.keep)
+            if not self._troubled:
+                prune_checkpoints(self.run, task, self.config.checkpoint.keep)
             if self._replay_source is not None:
                 self._replay_source.release(step)
 
@@ -245,6 +243,8 @@ class Trainer:
         skipped, in_a_row = self.engine.skips()
         if skipped:
             metrics["skipped_steps"] = skipped
+        # The checkpoints from before the trouble stay; with fp16 skipping is how the loss scale is found.
+        self._troubled = in_a_row > 0 and self.engine.dtype is not torch.float16
         if self._replay_source is not None and self.world.is_main:
             metrics |= replay_metrics(self._replay_source.stats())
         self.tracker.log(metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,12 @@ def _keep_newest(run: RunDir, task: int, keep: int) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Under a name that a new start sweeps away, so that a half-deleted directory is never taken for a whole one."""
-    shutil.rmtree(path.rename(path.with_name(f".{path.name}.{os.getpid()}.old")))
+    """Under a name that a new start sweeps away, so that a half-deleted directory is never taken for a whole one.
+
+    What cannot be deleted now (a network file system keeps what somebody reads) is left to that.
+    """
+    with suppress(OSError):
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.{os.getpid()}.old")))
 
 
 def _steps(run: RunDir, task: int) -> list[int]:

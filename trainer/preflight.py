@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ from trainer.settings import as_plain, refused_changes, restore_config
 from trainer.steps import steps_per_task
 
 LOCK_SECONDS = 10.0
+SWEPT = (
+    *("*", "tasks/*/*", "tasks/*/teacher/*", "tasks/*/checkpoints/*", "tasks/*/buffer/*", "report/*"),
+    *("tasks/*/replay/.progress.json.*", "tasks/*/replay/.request.json.*"),
+)
 
 
 def build_spec(config: Config) -> BuildSpec:
@@ -149,7 +154,10 @@ def check_teachers(config: Config, run: RunDir) -> None:
 
 def check_disk(config: Config, run: RunDir) -> None:
     """Raises UserError where what the run has yet to write will not fit on the disk."""
-    written = sum(path.stat().st_size for path in run.root.rglob("*") if path.is_file())
+    written = 0
+    for path in run.root.rglob("*"):
+        with suppress(FileNotFoundError):  # a sampler started by hand may be at work there
+            written += path.lstat().st_size if path.is_file() else 0
     need, free = DiskNeed.of(config).total - written, shutil.disk_usage(run.root).free
     if need > free:
         raise UserError(
@@ -161,16 +169,17 @@ def check_disk(config: Config, run: RunDir) -> None:
 def sweep(run: RunDir) -> None:
     """Remove what killed attempts left: half-written files, a wish to stop, and what their supervisors said last.
 
-    Not in the replay pools: a sampler started by hand may be writing there.
+    Not what is the samplers': one that was started by hand may be writing.
     """
-    for pattern in ("*", "tasks/*/*", "tasks/*/teacher/*", "tasks/*/checkpoints/*", "tasks/*/buffer/*", "report/*"):
+    for pattern in SWEPT:
         for path in run.root.glob(pattern):
             if path.name.startswith(".") and path.suffix in (".tmp", ".old"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     run.stop_wish.unlink(missing_ok=True)
     for path in run.supervisor(0).parent.glob("supervisor-*.json"):
-        if not writer_lives(read_json(path)):
-            path.unlink()
+        status = read_json(path)
+        if status.get("given_up") or not writer_lives(status):  # who gave up before does not speak of this attempt
+            path.unlink(missing_ok=True)
 
 
 def preflight(config: Config, run: RunDir) -> DatasetCard:

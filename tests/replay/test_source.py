@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +26,11 @@ from trainer.diffusion.schedules import make_schedule
 from trainer.errors import ToldElsewhere, UserError
 from trainer.kernels.philox import normal
 from trainer.models.teacher import load_teacher
-from trainer.replay import pool_source
+from trainer.replay import pool_source, reader
 from trainer.replay.decode import shard_name
 from trainer.replay.draws import draws
 from trainer.replay.manifest import Manifest
+from trainer.replay.reader import BadShard, Offer, read_offered
 from trainer.replay.source import InlineSource, open_source
 from trainer.replay.state import write_json
 from trainer.replay.trajectory import sample_trajectories
@@ -314,6 +316,72 @@ def test_a_substitute_that_one_rank_cannot_read_is_nobodys(workplace: Any, opene
     second.loader.directory = Path("nowhere")
     assert crew.points(2) is None
     assert crew.stats()["real_only_steps"] == 1 and crew.ranks[1].counters["real_only_steps"] == 1
+
+
+def test_a_bad_shard_is_not_read_again_for_every_step(
+    workplace: Any, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workplace.fill(1)
+    (workplace.run.replay(2) / shard_name(0)).write_bytes(b"x")
+    looks: list[Path] = []
+
+    def counted(path: Path, size: int) -> bytes:
+        looks.append(path)
+        return read_offered(path, size)
+
+    monkeypatch.setattr(reader, "read_offered", counted)
+    crew = opened(workplace)
+    crew.agree(0)  # offers the shard to two steps
+    while not crew.events():
+        crew.agree(0)
+        crew.main.wait(0, 0.01)
+    assert len(looks) == reader.LOOKS
+
+
+def test_a_load_that_fails_between_two_looks_is_not_ready(workplace: Any, opened: Any) -> None:
+    workplace.fill(1)
+    loader = opened(workplace).main.loader
+
+    class Late(Future[Any]):
+        """Done, with a failure, from the second look on."""
+
+        looks = 0
+
+        def done(self) -> bool:
+            self.looks += 1
+            if self.looks == 2:
+                self.set_exception(BadShard(Offer(0, 1, 1, 1), "late"))
+            return self.looks > 1
+
+    loader._steps[0] = Late()
+    assert loader.ready_until(0) == 0
+    assert loader.ready_until(0) == 0 and [bad.reason for bad in loader.found_bad] == ["late"]
+
+
+def test_a_kept_shard_that_is_damaged_is_named_and_others_stand_in(workplace: Any, opened: Any) -> None:
+    workplace.fill(2)
+    crew = opened(workplace, 2, on_starved=OnStarved.reuse, reuse_cap=2)
+    for step in range(4):  # positions 0 to 31 of 36
+        assert crew.points(step) is not None
+    damage(workplace.run.replay(2) / shard_name(1), "flip")
+    for rank in crew.ranks:
+        rank.loader._decoded.clear()
+    assert crew.points(4) is None and crew.events() == {"corrupt_shard": 1}
+    assert crew.points(5) is not None  # from shard 0
+    assert crew.stats()["reused_steps"] == 1
+
+
+def test_a_substitute_does_not_outlive_its_step(workplace: Any, opened: Any) -> None:
+    workplace.fill(1)
+    crew = opened(workplace, on_starved=OnStarved.reuse)
+    assert crew.points(0) is not None and crew.points(1) is not None
+    assert crew.agree(2) == 2  # starved: a substitute is being loaded
+    assert crew.main._substitute is not None
+    workplace.fill()
+    rows = [crew.main.words(2)]
+    rows[0][pool_source.READY] = 3  # meanwhile the step's own points came
+    assert crew.main.heed(2, rows) == 3
+    assert crew.main._substitute is None
 
 
 def test_fail_waits_for_the_first_shard_only(workplace: Any, opened: Any) -> None:

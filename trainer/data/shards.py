@@ -18,7 +18,7 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -112,6 +112,12 @@ class DatasetCard:
 def task_directory(root: Path, split: str, task: int) -> Path:
     """`<root>/<train|test>/task-<k>`; tasks count from 1."""
     return root / split / f"task-{task:02d}"
+
+
+def drop_stale(directory: Path) -> None:
+    """List a directory: network file systems go on telling that a file is missing until somebody does."""
+    with suppress(OSError):
+        list(directory.iterdir())
 
 
 def fsync_directory(path: Path) -> None:

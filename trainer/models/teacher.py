@@ -15,7 +15,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from trainer.config import DiffusionConfig, ModelConfig, Prediction, Schedule
-from trainer.data.shards import IMAGE_LIMIT, read_regular, sha256_file, write_atomic
+from trainer.data.shards import IMAGE_LIMIT, drop_stale, read_regular, sha256_file, write_atomic
 from trainer.diffusion.schedules import NoiseSchedule, make_schedule
 from trainer.errors import UserError, one_line
 from trainer.models.denoiser import Denoiser, build_denoiser, check_model
@@ -96,6 +96,8 @@ def save_teacher(
 def read_card(directory: Path) -> TeacherCard:
     """Raises UserError, naming the file, where it is missing or not a teacher's card."""
     path = directory / CARD_NAME
+    drop_stale(directory.parent)
+    drop_stale(directory)
     try:
         content = json.loads(read_regular(path, CARD_LIMIT))
     except FileNotFoundError:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from trainer import errors
 from trainer.data.shards import FULL_DISK
 from trainer.errors import UserError
 from trainer.replay.told import Told
@@ -63,8 +63,7 @@ def refuse(path: Path, worker: int, stop: Told) -> Callable[[str], bool]:
 
 def say(worker: int, text: str) -> None:
     """A line in the sampler's log, unless that lies on a full disk."""
-    with suppress(OSError):
-        print(f"sampler {worker}: {text}", file=sys.stderr, flush=True)
+    errors.say(f"sampler {worker}: {text}")
 
 
 def _try(path: Path) -> IO[str] | str:

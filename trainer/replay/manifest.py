@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from trainer.data.shards import append_line
+from trainer.data.shards import append_line, drop_stale
 from trainer.errors import UserError
 from trainer.replay.decode import shard_name
 
@@ -72,7 +72,7 @@ class Manifest:
         """
         before = self.shards
         try:
-            list(self.path.parent.iterdir())  # on network file systems this drops stale attributes
+            drop_stale(self.path.parent)
             with self.path.open("rb") as file:
                 if not self._continues(file.fileno()):
                     self._forget()

@@ -112,12 +112,12 @@ class PoolSource:
         """
         self.step = step
         offers = self._look(step)
-        ready = self.loader.ready_until(step)
+        ready, substitute = self.loader.ready_until(step), self._substitute_state()
         bad = self.loader.found_bad[0] if self.loader.found_bad else None
         head = [0] * HEAD
         head[READY] = ready
         head[BAD_SHARD], head[BAD_SERIAL] = (bad.offer.shard, bad.offer.serial) if bad else (-1, -1)
-        head[SUBSTITUTE] = self._substitute_state()
+        head[SUBSTITUTE] = substitute
         head[OFFERS] = len(offers)
         words = head + [word for offer in offers for word in (offer.shard, offer.bytes, offer.crc32, offer.serial)]
         return words + [0] * (self.width - len(words))
@@ -134,6 +134,7 @@ class PoolSource:
         ready = min(row[READY] for row in rows)
         if ready > step:
             self._fed()
+            self._substitute = None  # the step's own points came after all
             return ready
         return step + 1 if self._starving(step, rows) else step
 
@@ -332,7 +333,9 @@ class PoolSource:
         if not self._substitute.done():
             return PENDING
         error = self._substitute.exception()
-        if error is not None and not isinstance(error, BadShard):
+        if isinstance(error, BadShard):
+            self.loader.complain(error)
+        elif error is not None:
             raise error
         return THERE if error is None else FAILED
 

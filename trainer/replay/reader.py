@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.shards import read_regular
+from trainer.data.shards import drop_stale, read_regular
 from trainer.replay.decode import Corrupt, DecodedShard, decode, shard_name
 from trainer.replay.draws import locate
 from trainer.replay.points import StoredPoints, gather
@@ -56,6 +56,8 @@ class Loader:
         self.depth, self.pin = depth, pin
         self.offers: dict[int, Offer] = {}
         self.found_bad: list[BadShard] = []  # since somebody emptied it
+        self._complained: set[int] = set()  # serials of offers
+        self._bad: dict[int, str] = {}  # serials of offers, and what is wrong: not read again for each step
         self._steps: dict[int, Future[StoredPoints]] = {}
         self._decoded: OrderedDict[int, DecodedShard] = OrderedDict()
         self._closing = threading.Event()
@@ -87,7 +89,7 @@ class Loader:
     def ready_until(self, step: int) -> int:
         """The first step from `step` on whose points are not in memory; notes shards found bad on the way."""
         self._drop_failed()
-        while (future := self._steps.get(step)) is not None and future.done():
+        while (future := self._steps.get(step)) is not None and future.done() and future.exception() is None:
             step += 1
         return step
 
@@ -138,8 +140,11 @@ class Loader:
         decoded = self._decoded.pop(offer.shard, None)
         if decoded is None:
             try:
+                if offer.serial in self._bad:
+                    raise Corrupt(self._bad[offer.serial])
                 decoded = decode(self.request, offer.shard, self._read(offer))
             except Corrupt as error:
+                self._bad[offer.serial] = str(error)
                 raise BadShard(offer, str(error)) from None
         self._decoded[offer.shard] = decoded
         while len(self._decoded) > DECODED_SHARDS:
@@ -153,7 +158,7 @@ class Loader:
             if look:
                 self._closing.wait(LOOK_SECONDS * look)
             try:
-                list(self.directory.iterdir())  # network file systems cache what was not there
+                drop_stale(self.directory)
                 data = read_offered(self.directory / shard_name(offer.shard), offer.bytes)
             except (OSError, Corrupt) as error:
                 reason = str(error)
@@ -177,9 +182,13 @@ class Loader:
             if not isinstance(error, BadShard):
                 assert error is not None
                 raise error
-            if self.offers.get(error.offer.shard) == error.offer:
-                self.forget(error.offer.shard)
-                self.found_bad.append(error)
+            self.complain(error)
+
+    def complain(self, error: BadShard) -> None:
+        """Note a bad shard for the others, once; until they have heard of it, it stays among the offers."""
+        if error.offer.serial not in self._complained:
+            self._complained.add(error.offer.serial)
+            self.found_bad.append(error)
 
 
 def read_offered(path: Path, size: int) -> bytes:

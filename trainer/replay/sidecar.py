@@ -334,6 +334,7 @@ def serve(
     stop = Told()
     signal.signal(signal.SIGTERM, stop.set)
     signal.signal(signal.SIGINT, stop.set)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a scheduler's word to all processes of a job; the trainer heeds it
     path = run.sampler_lock(worker)
     wait = refuse(path, worker, stop) if by_hand else stand_by(worker, stop, alive)
     with worker_lock(path, wait) as held:

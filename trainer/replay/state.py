@@ -66,8 +66,10 @@ def process_alive(pid: int) -> bool:
 
 def writer_lives(status: dict[str, Any]) -> bool:
     """Whether the writer of a status file ("pid", "host") runs; of one on another host that cannot be seen."""
-    host = status.get("host", "")
-    return host != "" and (host != socket.gethostname() or process_alive(int(status.get("pid", 0))))
+    host, pid = status.get("host"), status.get("pid")
+    if not isinstance(host, str) or not isinstance(pid, int) or not 0 < pid < 1 << 31:
+        return False
+    return host != socket.gethostname() or process_alive(pid)
 
 
 def process_started(pid: int) -> float:

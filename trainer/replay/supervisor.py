@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from trainer.cli import USER_ERROR
 from trainer.data.shards import FULL_DISK
+from trainer.errors import say
 from trainer.lifeline import tie_to_launcher
 from trainer.replay.child import PARENT_VARIABLE, SIGNS_VARIABLE
 from trainer.replay.devices import child_device
@@ -161,7 +162,7 @@ class Supervisor:
                 stack.callback(ear.close)
                 child = self._start_child(ear)
             except OSError as error:  # no more processes or descriptors: as if the child had died
-                print(f"sampler {self.worker}: {error}", file=sys.stderr, flush=True)
+                say(f"sampler {self.worker}: {error}")
                 return error.errno or 1
             while child.poll() is None:
                 if self._stop.wait(POLL_SECONDS):
@@ -212,7 +213,8 @@ class Supervisor:
 
     def _child_published(self) -> bool:
         beat = read_json(self.run.sampler(self.worker))
-        return self.child is not None and beat.get("pid") == self.child.pid and beat.get("shards", 0) > 0
+        shards = beat.get("shards")
+        return self.child is not None and beat.get("pid") == self.child.pid and isinstance(shards, int) and shards > 0
 
     def _give_up(self, reason: str) -> None:
         self.given_up = reason
@@ -223,7 +225,7 @@ class Supervisor:
         try:
             self.events.add(kind, worker=self.worker, **details)
         except OSError as error:  # what cannot be noted must not end the supervision
-            print(f"{self.events.path}: {error.strerror}", file=sys.stderr, flush=True)
+            say(f"{self.events.path}: {error.strerror}")
 
     def _last_word(self) -> str:
         """The last line of the child's log."""
@@ -248,7 +250,7 @@ class Supervisor:
         try:
             write_json(self.run.supervisor(self.worker), status)
         except OSError as error:  # a full disk must not end the supervision
-            print(f"{self.run.supervisor(self.worker)}: {error.strerror}", file=sys.stderr, flush=True)
+            say(f"{self.run.supervisor(self.worker)}: {error.strerror}")
 
 
 def supervise_until_finished(
@@ -271,27 +273,25 @@ def supervise_until_finished(
     for number in STOP_SIGNALS:
         signal.signal(number, launch.told.set)
     tie_to_launcher()
-    while not launch.over() and not launch.announced():
-        launch.told.wait(POLL_SECONDS)
-    if launch.over():
-        return
-    supervisor = Supervisor(
-        run,
-        worker=worker,
-        workers=workers,
-        device=device,
-        threads=threads,
-        restarts=restarts,
-        hang_timeout=hang_timeout,
-        attempt=max(1, run.newest_attempt()),
-        inherit_devices=True,  # the launcher has shown this rank its own
-    )
-    supervisor.start()
-    while not launch.over():
-        launch.told.wait(POLL_SECONDS)
-    if launch.told.is_set():
-        with suppress(OSError):  # never fails
-            run.stop_wish.touch()
+    with launch.told_on():
+        while not launch.over() and not launch.announced():
+            launch.told.wait(POLL_SECONDS)
+        if launch.over():
+            return
+        supervisor = Supervisor(
+            run,
+            worker=worker,
+            workers=workers,
+            device=device,
+            threads=threads,
+            restarts=restarts,
+            hang_timeout=hang_timeout,
+            attempt=max(1, run.newest_attempt()),
+            inherit_devices=True,  # the launcher has shown this rank its own
+        )
+        supervisor.start()
+        while not launch.over():
+            launch.told.wait(POLL_SECONDS)
     supervisor.stop()
 
 
@@ -304,6 +304,14 @@ class Launch:
         self.began = process_started(self.launcher)
         self.told = Told()
         self._waited_since = time.monotonic()
+
+    @contextmanager
+    def told_on(self) -> Generator[None, None, None]:
+        """Afterwards, where this rank was told to stop, the trainer is, too."""
+        yield
+        if self.told.is_set():
+            with suppress(OSError):  # never fails
+                self.run.stop_wish.touch()
 
     def announced(self) -> bool:
         """Whether the trainer is at work, so its log directory exists. After a while an unfinished state will do,

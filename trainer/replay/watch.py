@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 
 from trainer.data.shards import FULL_DISK
-from trainer.errors import UserError
+from trainer.errors import UserError, say
 from trainer.replay.decode import shard_name
 from trainer.replay.events import Event, EventLog
 from trainer.replay.manifest import Manifest, ShardLine
@@ -20,14 +19,10 @@ from trainer.run import RunDir
 REMADE = 10  # times that one shard may be found bad before the run ends
 
 
-def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 class PoolWatch:
     """Turns published shards into offers; refuses what another request made; asks again for what is bad."""
 
-    def __init__(self, run: RunDir, request: ReplayRequest, notice: Callable[[str], None] = _print) -> None:
+    def __init__(self, run: RunDir, request: ReplayRequest, notice: Callable[[str], None] = say) -> None:
         self.run, self.request, self.notice = run, request, notice
         self.directory = run.replay(request.task)
         self.manifest = Manifest(self.directory)
@@ -129,6 +124,7 @@ def describe_samplers(run: RunDir) -> str:
     for path in sorted(run.sampler(0).parent.glob("sampler-*.json")):
         beat = read_json(path)
         if beat:
-            age = max(0.0, time.time() - float(beat.get("time", 0.0)))
-            words.append(f"{path.stem}: {beat.get('status', '?')}, last heard of {age:.0f} s ago")
+            heard = beat.get("time")
+            age = f"{max(0.0, time.time() - heard):.0f} s ago" if isinstance(heard, float) else "at an unknown time"
+            words.append(f"{path.stem}: {beat.get('status', '?')}, last heard of {age}")
     return "; ".join(words) or "none was ever heard of"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from trainer.data.shards import FULL_DISK
+from trainer.errors import say
 
 
 class MetricsLog:
@@ -63,10 +63,7 @@ class MetricsLog:
         if self._warned:
             return
         self._warned = True
-        try:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
-        except OSError:
-            return  # what is printed goes to the same disk
+        say(f"warning: {text}")
 
     def close(self) -> None:
         if self._descriptor >= 0:
