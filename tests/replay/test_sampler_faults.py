@@ -160,7 +160,7 @@ def test_a_disk_full_for_everything_kills_nothing_and_is_noted_once_there_is_roo
 
     signs: list[bool] = []
     sampler.alive = lambda: signs.append(full[0])
-    for module, name in ((sidecar, "write_json"), (sidecar, "publish"), (events, "_append")):
+    for module, name in ((sidecar, "write_json"), (sidecar, "publish"), (events, "append_line")):
         monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(sampler.stop, "wait", wait)
     sampler.make_shard(request, 0)

