@@ -30,6 +30,8 @@ class PoolWatch:
         self.news = time.monotonic()  # when something was published last
         self._offered: dict[int, tuple[str, int]] = {}  # shard -> id of the publication and serial
         self._serial = 0
+        self._sampler = request.sampler()
+        self._checked: set[str] = set()  # ids of publications
         self._bad = Counter[int]()
         self._redo: dict[str, tuple[int, str]] = {}  # ids to be taken back -> shard, reason
 
@@ -37,7 +39,8 @@ class PoolWatch:
         """Look for new shards. Raises UserError for a manifest that this program cannot read."""
         if self.manifest.refresh():
             self.news = time.monotonic()
-            for line in list(self.manifest.shards.values()):
+            for line in [line for line in self.manifest.shards.values() if line.id not in self._checked]:
+                self._checked.add(line.id)
                 difference = self._difference(line)
                 if difference:
                     self._refuse(line, Event.foreign_shard, difference)
@@ -75,7 +78,7 @@ class PoolWatch:
         request = self.request
         if line.teacher_id != request.teacher_id:
             return f"made by teacher {line.teacher_id[:12]}, this run's teacher is {request.teacher_id[:12]}"
-        for key, wanted in request.sampler().items():
+        for key, wanted in self._sampler.items():
             if line.sampler.get(key) != wanted:
                 return f"sampled with {key}={line.sampler.get(key)}, this run asks for {wanted}"
         if not 0 < line.bytes <= request.shard_bytes or line.count != request.shard_trajectories:
