@@ -19,6 +19,7 @@ from trainer.errors import ConfigError, ToldElsewhere, UserError
 from trainer.moments import MOMENTS, AdamMoments, Ema, Skips
 from trainer.partition import FlatPartition, Partition, ShardedPartition, WholePartition
 from trainer.settings import check_engine
+from trainer.units import Units
 from trainer.world import World
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
@@ -62,13 +63,16 @@ class Engine:
         self._stage = config.zero.stage
         self._clip_norm = config.optimizer.clip_norm
         self._micro_steps = 0
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         initial = _rounded_away(model, self.dtype, world)
+        units = Units(model, gathered=self._stage == 3)
+        if config.train.compile:
+            units.compile()
         adam = make_optimizer(list(model.parameters()), config.optimizer)
-        self._engine = _initialize(model, adam, deepspeed_config(config, world.size, _numel(shapes)))
+        numel = sum(parameter.numel() for parameter in model.parameters())
+        self._engine = _initialize(model, adam, deepspeed_config(config, world.size, numel))
         self._engine.train()
         _skip_alike(self._engine.optimizer, self._stage)
-        self._partition = _find_partition(self._engine, self._stage, shapes, world)
+        self._partition = _find_partition(self._engine, self._stage, units, world)
         if initial:
             self._partition.scatter(initial.__getitem__, self._partition.masters)
         self._adam = adam
@@ -288,13 +292,14 @@ def _initialize(model: nn.Module, adam: torch.optim.Optimizer, config: dict[str,
     return deepspeed.initialize(model=model, optimizer=adam, config=config, dist_init_required=False)[0]
 
 
-def _find_partition(engine: Any, stage: int, shapes: dict[str, torch.Size], world: World) -> Partition:
-    named = dict(engine.module.named_parameters())
+def _find_partition(engine: Any, stage: int, units: Units, world: World) -> Partition:
+    vectors = [unit.flat for unit in units.units]
     if stage == 0:
-        return WholePartition(shapes, world, list(named.values()))
+        return WholePartition(units.places, world, list(vectors))
     if stage == 3:
-        return ShardedPartition(shapes, world, engine.optimizer, {p.ds_id: name for name, p in named.items()})
-    return FlatPartition(shapes, world, engine.optimizer)
+        numbers = {getattr(vector, "ds_id"): number for number, vector in enumerate(vectors)}  # noqa: B009
+        return ShardedPartition(units.places, world, engine.optimizer, numbers)
+    return FlatPartition(units.places, world, engine.optimizer)
 
 
 def _rounded_away(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
@@ -352,7 +357,3 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 def _fill(buffers: dict[str, Tensor], read: Any) -> None:
     for name, buffer in buffers.items():
         buffer.copy_(read(name))
-
-
-def _numel(shapes: dict[str, torch.Size]) -> int:
-    return sum(shape.numel() for shape in shapes.values())

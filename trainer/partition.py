@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.units import Place
 from trainer.world import World
 
 GATHER_NUMEL = 64_000_000  # elements of a rank gathered at once: what the device must have room for, times the ranks
@@ -35,9 +36,10 @@ class Fragment:
 class Partition(ABC):
     """The local fp32 masters of one engine."""
 
-    def __init__(self, shapes: dict[str, torch.Size], world: World) -> None:
-        """Args: shapes: full shape of every trained parameter, in the module's order."""
-        self.shapes = shapes
+    def __init__(self, places: dict[str, Place], world: World) -> None:
+        """Args: places: where every trained parameter lies in the units, in the module's order."""
+        self.places = places
+        self.shapes = {name: place.shape for name, place in places.items()}
         self.world = world
         self.masters: list[Tensor] = []
 
@@ -88,15 +90,15 @@ class Partition(ABC):
 
 
 class WholePartition(Partition):
-    """ZeRO-0 in fp32: every rank keeps and updates the module's own parameters."""
+    """ZeRO-0 in fp32: every rank keeps and updates the units themselves."""
 
-    def __init__(self, shapes: dict[str, torch.Size], world: World, parameters: list[Tensor]) -> None:
-        super().__init__(shapes, world)
-        self.masters = parameters
+    def __init__(self, places: dict[str, Place], world: World, units: list[Tensor]) -> None:
+        super().__init__(places, world)
+        self.masters = units
 
     def fragments(self, rank: int) -> Iterator[Fragment]:
-        for flat, (name, shape) in enumerate(self.shapes.items()):
-            yield Fragment(name, 0, shape.numel(), flat, 0)
+        for name, place in self.places.items():
+            yield Fragment(name, 0, place.shape.numel(), place.unit, place.offset)
 
     def publish(self) -> None:
         """The masters are the model."""
@@ -105,17 +107,20 @@ class WholePartition(Partition):
         """As of every partition, without a collective."""
         if not (everywhere or self.world.is_main):
             return {}
-        full = {name: torch.empty(shape) for name, shape in self.shapes.items()}
-        for target, value in zip(full.values(), values, strict=True):
-            target.copy_(value.detach())
-        return full
+        return {name: self._own(values, place) for name, place in self.places.items()}
+
+    @staticmethod
+    def _own(values: list[Tensor], place: Place) -> Tensor:
+        """A CPU copy, never a view: what is written in the background must not change."""
+        row = values[place.unit].detach().narrow(0, place.offset, place.shape.numel())
+        return torch.empty(place.shape).copy_(row.view(place.shape))
 
 
 class FlatPartition(Partition):
-    """ZeRO-1 and 2: all parameters behind each other in one vector, padded and cut into equal parts."""
+    """ZeRO-1 and 2: all units behind each other in one vector, padded and cut into equal parts."""
 
-    def __init__(self, shapes: dict[str, torch.Size], world: World, optimizer: Any) -> None:
-        super().__init__(shapes, world)
+    def __init__(self, places: dict[str, Place], world: World, optimizer: Any) -> None:
+        super().__init__(places, world)
         assert len(optimizer.single_partition_of_fp32_groups) == 1, "one parameter group"
         self._optimizer = optimizer
         self.masters = list(optimizer.single_partition_of_fp32_groups)
@@ -124,33 +129,39 @@ class FlatPartition(Partition):
 
     def fragments(self, rank: int) -> Iterator[Fragment]:
         begin, end = rank * self._part, (rank + 1) * self._part
-        for (name, shape), place in zip(self.shapes.items(), self._offsets, strict=True):
-            first, last = max(begin, place), min(end, place + shape.numel())
+        for name, place in self.places.items():
+            origin = self._offsets[place.unit] + place.offset
+            first, last = max(begin, origin), min(end, origin + place.shape.numel())
             if first < last:
-                yield Fragment(name, first - place, last - first, 0, first - begin)
+                yield Fragment(name, first - origin, last - first, 0, first - begin)
 
     def publish(self) -> None:
         self._optimizer.update_lp_params()
 
 
 class ShardedPartition(Partition):
-    """ZeRO-3: every parameter padded and cut into equal parts, a rank's parts behind each other in sub-groups."""
+    """ZeRO-3: every unit padded and cut into equal parts, a rank's parts behind each other in sub-groups."""
 
-    def __init__(self, shapes: dict[str, torch.Size], world: World, optimizer: Any, names: dict[int, str]) -> None:
-        """Args: names: parameter names by DeepSpeed's parameter id."""
-        super().__init__(shapes, world)
+    def __init__(self, places: dict[str, Place], world: World, optimizer: Any, units: dict[int, int]) -> None:
+        """Args: units: numbers of the units by DeepSpeed's parameter id."""
+        super().__init__(places, world)
         self._optimizer = optimizer
         self.masters = list(optimizer.fp32_partitioned_groups_flat)
-        self._groups = [[(names[p.ds_id], int(p.partition_numel())) for p in group] for group in optimizer.fp16_groups]
+        self._parts: dict[int, tuple[int, int, int]] = {}  # of each unit: the master, where in it, how many elements
+        for flat, group in enumerate(optimizer.fp16_groups):
+            start = 0
+            for parameter in group:
+                part = int(parameter.partition_numel())
+                self._parts[units[parameter.ds_id]] = flat, start, part
+                start += part
 
     def fragments(self, rank: int) -> Iterator[Fragment]:
-        for flat, group in enumerate(self._groups):
-            start = 0
-            for name, part in group:
-                count = min(part, self.shapes[name].numel() - rank * part)
-                if count > 0:
-                    yield Fragment(name, rank * part, count, flat, start)
-                start += part
+        for name, place in self.places.items():
+            flat, start, part = self._parts[place.unit]
+            begin = rank * part
+            first, last = max(begin, place.offset), min(begin + part, place.offset + place.shape.numel())
+            if first < last:
+                yield Fragment(name, first - place.offset, last - first, flat, start + first - begin)
 
     def publish(self) -> None:
         """As the end of the optimiser's step does it; small parameters are kept whole by every rank and gathered."""

@@ -28,23 +28,15 @@ def checkpoint_interval(config: Config) -> int:
 
 
 def fresh_model(config: Config) -> Denoiser:
-    """The untrained model: its initial weights are a function of the run's seed.
-
-    With `train.compile` its blocks are compiled in place, so parameter names stay as they are.
-    """
+    """The untrained model: its initial weights are a function of the run's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hash_key(f"{config.run.seed}/model") % 2**63)
-        model = build_denoiser(
+        return build_denoiser(
             config.model,
             image_size=config.data.image_size,
             channels=config.data.channels,
             max_classes=config.max_classes,
         )
-    if config.train.compile:
-        for block in (*model.unet.down_blocks, model.unet.mid_block, *model.unet.up_blocks):
-            if block is not None:
-                block.compile()
-    return model
 
 
 def count_parameters(config: Config) -> int:

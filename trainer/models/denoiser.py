@@ -33,6 +33,11 @@ class Denoiser(nn.Module):
         x = x.to(self.unet.conv_in.weight.dtype)
         return self.unet(x, t, class_labels=label if self.conditional else None, return_dict=False)[0]
 
+    def blocks(self) -> list[nn.Module]:
+        """The parts that hold nearly all of the weights, in the order of computation."""
+        middle = [self.unet.mid_block] if self.unet.mid_block is not None else []
+        return [*self.unet.down_blocks, *middle, *self.unet.up_blocks]
+
 
 def build_denoiser(model: ModelConfig, *, image_size: int, channels: int, max_classes: int) -> Denoiser:
     """A freshly initialised U-Net (Ho et al. 2020; diffusers' UNet2DModel) in fp32, weights from torch's generator.
