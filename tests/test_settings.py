@@ -87,7 +87,6 @@ def test_refused_in_one_line(override: str, message: str) -> None:
     "overrides",
     [
         ["zero.stage=0", "train.precision=bf16"],
-        ["zero.stage=3", "train.compile=true"],
         ["method.name=generative_replay", "replay.points=trajectory"],
         ["replay.placement=inline", "replay.points=trajectory"],
         ["replay.points=trajectory", "replay.steps=4", "replay.points_per_trajectory=5"],

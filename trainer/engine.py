@@ -7,6 +7,7 @@ reductions (nothing overlaps the backward pass). What cannot keep this is refuse
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,11 @@ class Engine:
         initial = _rounded_away(model, self.dtype, world)
         units = Units(model, gathered=self._stage == 3)
         if config.train.compile:
-            units.compile()
+            units.compile(autotune=config.train.autotune)
         adam = make_optimizer(list(model.parameters()), config.optimizer)
         numel = sum(parameter.numel() for parameter in model.parameters())
-        self._engine = _initialize(model, adam, deepspeed_config(config, world.size, numel))
+        with units.modules_hidden() if self._stage == 3 else nullcontext():
+            self._engine = _initialize(model, adam, deepspeed_config(config, world.size, numel))
         self._engine.train()
         _skip_alike(self._engine.optimizer, self._stage)
         self._partition = _find_partition(self._engine, self._stage, units, world)
@@ -328,9 +330,13 @@ def _usable(norm: Tensor) -> Tensor:
 def _skip_alike(optimizer: Any, stage: int) -> None:
     """Make ZeRO's stages refuse the same gradients, and never raise an error for them.
 
-    Stages 1 and 2 sum the squared norm in fp32, stage 3 in fp64, where it hardly ever overflows. The loss scaler
-    would raise a bare Exception at its smallest scale: how many skipped steps are too many is for the caller to say.
+    Stages 1 and 2 sum the squared norm in fp32, stage 3 in fp64, where it hardly ever overflows. The norm alone shows
+    what is not finite: a pass over the gradients in search of it before, and a wait for its answer, are left out in
+    stages 1 and 2. The loss scaler would raise a bare Exception at its smallest scale: how many skipped steps are too
+    many is for the caller to say.
     """
+    if stage in (1, 2):
+        optimizer.has_overflow = lambda partition_gradients=True: False
     if stage == 3:
         measure = optimizer.get_grad_norm_direct
 

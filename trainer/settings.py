@@ -289,8 +289,6 @@ def _check_replay(config: Config) -> None:
 
 def _check_train(config: Config) -> None:
     check_engine(config, "cuda")  # what no machine can; `check_world` knows this one
-    if config.zero.stage == 3 and config.train.compile:
-        raise ConfigError("train.compile=true with zero.stage=3: the gathering hooks break every graph; take stage 1")
     _require(
         config.train.images_per_task >= config.train.global_batch,
         "train.images_per_task",
@@ -318,6 +316,8 @@ def _check_idle(config: Config, overrides: list[str]) -> None:
         conditions += [(f"data.{key}", "data.tasks") for key in ("classes_per_task", "class_order_seed")]
     if not model.conditional:
         conditions.append(("model.max_classes", "model.conditional=false"))
+    if not config.train.compile:
+        conditions.append(("train.autotune", "train.compile=false"))
     if replay.on_starved is not OnStarved.reuse:
         conditions.append(("replay.reuse_cap", f"replay.on_starved={replay.on_starved.value}"))
     given = {override.partition("=")[0] for override in overrides}

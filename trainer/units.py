@@ -1,4 +1,4 @@
-"""A model's parameters laid out in a few flat ones, its units: what ZeRO does for each parameter, it does for each unit.
+"""A model's parameters laid out in a few flat ones, its units: what ZeRO does for a parameter, it does for a unit.
 
 DeepSpeed works on every parameter by itself, in Python, at every step: a hook, copies, a norm, a look for overflow;
 under stage 3 also a gathering. With a U-Net's hundreds of small tensors that costs more than half as much again as
@@ -9,7 +9,9 @@ gradients come back as one vector. Flat parameters per block are FSDP's idea (Zh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,8 +101,9 @@ class Units:
         """Args: gathered: the vectors are whole only while their module computes (ZeRO-3), so each module spreads
         its own; otherwise the model spreads all of them when it is called.
         """
-        blocks: list[nn.Module] = model.blocks() if hasattr(model, "blocks") else []
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        blocks: list[nn.Module] = getattr(model, "blocks", list)()
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        assert len({id(weight) for weight in weights.values()}) == len(weights), "no weight is shared"
         prefixes = {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
         self.model = model
         self.units = [Unit(module, [b for b in blocks if b is not module]) for module in [model, *blocks]]
@@ -109,18 +112,49 @@ class Units:
             for number, unit in enumerate(self.units)
             for name, offset, shape in zip(unit.names, unit.offsets, unit.shapes, strict=True)
         }
-        self.places = {name: found[name] for name in shapes}
-        assert {name: place.shape for name, place in self.places.items()} == shapes, "no weight is shared"
-        self._calls = [unit.module.forward for unit in self.units]
-        if gathered:
-            for unit, call in zip(self.units, self._calls, strict=True):
+        self.places = {name: found[name] for name in weights}
+        self.gathered = gathered
+        self._install([unit.module.forward for unit in self.units])
+
+    def compile(self, *, autotune: bool = False) -> None:
+        """Compile the model in place: as a whole, or block by block where the vectors are gathered for each.
+
+        Args: autotune: choose among more kernels by timing them (CUDA).
+        """
+        # Static shapes: a batch of another size, with replay or without, gets a graph of its own.
+        mode = "max-autotune-no-cudagraphs" if autotune else "default"
+        compiled = partial(torch.compile, dynamic=False, mode=mode)
+        if self.gathered:
+            self._install([self._calls[0], *map(compiled, self._calls[1:])])
+        else:
+            self._install([compiled(self._calls[0]), *self._calls[1:]])
+
+    def _install(self, calls: Sequence[Callable[..., Any]]) -> None:
+        """Make these the computations of the modules, each with its weights in place."""
+        self._calls = list(calls)
+        if self.gathered:
+            for unit, call in zip(self.units, calls, strict=True):
                 unit.module.forward = _gathered(unit, call)
         else:
-            model.forward = self._spread_all(self._calls[0])
+            self.model.forward = self._spread_all(calls[0])
 
-    def compile(self) -> None:
-        """Compile the whole model, in place, as one graph where it has no breaks; not for gathered units."""
-        self.model.forward = self._spread_all(torch.compile(self._calls[0]))
+    @contextmanager
+    def modules_hidden(self) -> Iterator[None]:
+        """Show the blocks without the modules in them while ZeRO-3 puts hooks on every module that it sees.
+
+        A block's modules hold no parameters any more; their buffers follow the block's vector to its device and type.
+        """
+        blocks = [unit.module for unit in self.units[1:]]
+        hidden = [block._modules for block in blocks]
+        for block in blocks:
+            block._modules = {}
+        try:
+            yield
+        finally:
+            for unit, modules in zip(self.units[1:], hidden, strict=True):
+                unit.module._modules = modules
+                for child in unit.module.children():
+                    child.to(device=unit.flat.device, dtype=unit.flat.dtype)
 
     def _spread_all(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -38,6 +38,7 @@ def make_engine(world: World, **settings: Any) -> Engine:
     config.optimizer.clip_norm = settings.get("clip_norm", 0.0)
     config.optimizer.weight_decay = settings.get("weight_decay", 0.0)
     config.ema.decay = settings.get("decay", 0.0)
+    config.train.compile = settings.get("compile", False)
     if config.train.precision is Precision.fp16:
         allow_fp16_on_the_cpu()
     trainer.engine.PERSISTENT_NUMEL = 15

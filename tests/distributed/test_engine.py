@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -55,6 +57,17 @@ def test_every_stage_trains_the_model_of_a_plain_loop(pools: Pools, stage: int, 
         assert found["norms"] == pytest.approx(expected.norms, abs=1e-5)
         assert_weights(found["weights"], expected.weights)
         assert_weights(found["ema"], expected.ema)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (2, 1), (3, 2)])
+def test_a_compiled_model_learns_the_same(pools: Pools, stage: int, ranks: int) -> None:
+    expected = Reference(clip_norm=0.5, decay=0.7)
+    found = pools[ranks].run("train", steps=STEPS, stage=stage, clip_norm=0.5, decay=0.7, compile=True)[0]
+    assert found["losses"] == pytest.approx(expected.losses, rel=1e-6)
+    assert found["norms"] == pytest.approx(expected.norms, abs=1e-5)
+    assert_weights(found["weights"], expected.weights)
+    assert_weights(found["ema"], expected.ema)
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(stage, ranks) for stage in (1, 2, 3) for ranks in (1, 2)])
