@@ -205,7 +205,8 @@ class ReplayConfig:
     batch: int = 0  # replay points per step over all ranks; 0: train.global_batch
     shard_trajectories: int = 128  # trajectories per replay shard
     sampler_batch: int = 128  # trajectories sampled at once by a teacher
-    precision: Precision = Precision.fp32  # of the teacher's forward passes
+    precision: Precision = Precision.fp32  # of the teacher: its weights and all that it computes
+    compile: bool = False  # the teacher, by torch.compile; its CUDA graphs, where there is CUDA, need no key
     workers: int = 1  # subprocess: teachers sharing the work
     device: str = ""  # subprocess: cpu, or cuda:N for the N-th GPU of the node; empty: chosen
     devices_per_node: int = 1  # ranks: local ranks that become teachers

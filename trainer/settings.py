@@ -204,8 +204,10 @@ def check_world(config: Config, trainers: int, cuda: bool) -> None:
             f"into {local // micro} micro-batches"
         )
     check_engine(config, "cuda" if cuda else "cpu")
-    if train.compile and not cuda and shutil.which("g++") is None:
-        raise ConfigError("train.compile=true: needs a C++ compiler (g++) on a machine without CUDA")
+    compiled = {"train.compile": train.compile, "replay.compile": config.needs_teacher and config.replay.compile}
+    if any(compiled.values()) and not cuda and shutil.which("g++") is None:
+        key = next(key for key, wanted in compiled.items() if wanted)
+        raise ConfigError(f"{key}=true: needs a C++ compiler (g++) on a machine without CUDA")
     if config.replay.device.startswith("cuda") and not cuda:
         raise ConfigError(f"replay.device={config.replay.device}: this machine has no CUDA device")
     if config.needs_teacher and config.replay.precision is Precision.fp16 and not cuda:

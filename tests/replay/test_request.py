@@ -50,7 +50,7 @@ def test_another_pool_is_refused_with_the_file(workplace: Any) -> None:
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [("{", "unreadable"), ("[]", "schema"), ('{"schema": 2}', "task"), (None, "steps"), ("extra", "unknown key")],
+    [("{", "unreadable"), ("[]", "schema"), ('{"schema": 3}', "task"), (None, "steps"), ("extra", "unknown key")],
 )
 def test_a_damaged_request_is_named(workplace: Any, content: str | None, word: str) -> None:
     path = workplace.run.replay_request(2)

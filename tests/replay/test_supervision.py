@@ -90,7 +90,7 @@ def test_a_child_that_never_gives_a_sign_is_given_up(
 ) -> None:
     as_child(monkeypatch, "import time; print('mute', flush=True); time.sleep(600)")
     one = supervise(hang_timeout=1.0, restarts=1)
-    until(lambda: one.given_up)
+    until(lambda: one.given_up and read_json(workplace.run.supervisor(0))["given_up"])
     assert "died 2 times in a row (last exit code -9)" in one.given_up
     counts = count_events(workplace.run)
     assert (counts["sampler_hung"], counts["sampler_restart"], counts["sampler_given_up"]) == (2, 1, 1)

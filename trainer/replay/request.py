@@ -22,7 +22,7 @@ from trainer.steps import checkpoint_interval
 if TYPE_CHECKING:
     from trainer.models.teacher import TeacherCard
 
-REQUEST_SCHEMA = 2
+REQUEST_SCHEMA = 3
 _BLOCK, _RECORD, _NPY_HEADER = 512, 10240, 128  # of tar and npy files
 # What may change between attempts without making another pool.
 _FREE_FIELDS = (
@@ -67,6 +67,7 @@ class ReplayRequest:
     shard_trajectories: int
     sampler_batch: int
     precision: str
+    compile: bool
     positions: int
     step_positions: int
     shards: int
@@ -193,6 +194,7 @@ def plan_request(
         shard_trajectories=replay.shard_trajectories,
         sampler_batch=replay.sampler_batch,
         precision=replay.precision.value,
+        compile=replay.compile,
         positions=positions,
         step_positions=config.replay_batch,
         shards=0 if inline else math.ceil(positions / uses),

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from trainer.data.shards import FULL_DISK
+from trainer.diffusion.samplers import Predict
 from trainer.diffusion.schedules import NoiseSchedule
 from trainer.errors import UserError
-from trainer.models.denoiser import Denoiser
 from trainer.replay.decode import shard_name
+from trainer.replay.drawn import Clock, Drawn, draw
 from trainer.replay.events import Event, EventLog
 from trainer.replay.lock import refuse, say, stand_by, worker_lock
 from trainer.replay.manifest import Manifest
@@ -110,8 +111,12 @@ class Sampler:
         by_hand: bool = False,
         alive: Callable[[], None] = lambda: None,
         stop: Told | None = None,
+        ahead: bool | None = None,
     ) -> None:
-        """`by_hand`: it ends with the run, not when its supervisor says so. `alive` is called at each sign of life."""
+        """`by_hand`: it ends with the run, not when its supervisor says so. `alive` is called at each sign of life.
+
+        `ahead`: write a shard while the device samples the next one; None: where the device works by itself (CUDA).
+        """
         self.run, self.worker, self.workers, self.device = run, worker, workers, device
         self.by_hand, self.alive, self.stop = by_hand, alive, stop or Told()
         self.events = EventLog(run, f"sampler-{worker}")
@@ -119,8 +124,10 @@ class Sampler:
         self.made, self.evaluations, self.busy = 0, 0, 0.0
         self._beaten, self._status = 0.0, ""
         self._paused = False  # the disk is full, and that was said
-        self._teacher: tuple[str, Denoiser, NoiseSchedule] | None = None
+        self._teacher: tuple[str, Predict, NoiseSchedule] | None = None
         self._pool: Pool | None = None
+        self._ahead = device.type == "cuda" if ahead is None else ahead
+        self._drawn: Drawn | None = None  # sampled, or being sampled, and not published yet
 
     def serve(self) -> None:
         """Work until told to stop, or until the run is finished.
@@ -131,10 +138,12 @@ class Sampler:
         while not self.stop.is_set() and not self.run_is_finished():
             request = self.current_request()
             shard = self.next_shard(request) if request else None
-            if request is None or shard is None:
-                self._rest(request)
-            else:
+            if request is not None and shard is not None:
                 self.make_shard(request, shard)
+            elif self._drawn is not None:
+                self.finish_shard()
+            else:
+                self._rest(request)
         self.beat("ended")
 
     def run_is_finished(self) -> bool:
@@ -159,21 +168,38 @@ class Sampler:
         pool = self._open_pool()
         pool.refresh()
         wanted = pool.filling.wanted(pool.manifest.shards.keys(), pool.progress, Limits.of(request))
-        return next(filter(pool.is_mine, wanted), None)
+        drawn = self._drawn.shard if self._drawn is not None else None
+        return next((shard for shard in wanted if pool.is_mine(shard) and shard != drawn), None)
 
     def make_shard(self, request: ReplayRequest, shard: int) -> None:
-        """Sample and publish one shard; leaves it when told to stop."""
+        """Sample one shard, and publish it or, working ahead, the one before; leaves it when told to stop."""
         self.beat("sampling")
-        teacher = self._open_teacher(request)
-        began = time.monotonic()
-        sampled = self._sample(*teacher, request, shard)
+        predict, schedule = self._open_teacher(request)
+        clock = Clock(self.device)
+        sampled = self._sample(predict, schedule, request, shard)
         if sampled is None:
             return
-        batches, micro_batch = sampled
-        encoded = encode(request, shard, batches)
-        seconds = time.monotonic() - began
-        evaluations = sum(batch.evaluations for batch in batches)
+        earlier, self._drawn = self._drawn, draw(request, shard, *sampled, clock)
+        if not self._ahead:
+            self.finish_shard()
+        elif earlier is not None:
+            self._publish(earlier)
+
+    def finish_shard(self) -> None:
+        """Publish what is sampled and not published yet."""
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None:
+            self._publish(drawn)
+
+    def _publish(self, drawn: Drawn) -> None:
+        """Wait for the device, write the shard and list it; leaves it when told to stop, or when it came too late."""
+        request, shard = drawn.request, drawn.shard
+        seconds = drawn.clock.wait()
         pool, limits = self._open_pool(), Limits.of(request)
+        if request.task != pool.task:
+            return  # the trainer has learnt that task
+        encoded = encode(request, shard, drawn.batches)
+        evaluations = sum(batch.evaluations for batch in drawn.batches)
         while not self.stop.is_set():
             pool.refresh()
             if shard not in limits.room(pool.progress):
@@ -185,7 +211,7 @@ class Sampler:
                     request,
                     shard,
                     encoded,
-                    micro_batch=micro_batch,
+                    micro_batch=drawn.micro_batch,
                     evaluations=evaluations,
                     seconds=seconds,
                     worker=self.worker,
@@ -239,7 +265,7 @@ class Sampler:
         self.stop.wait(POLL_SECONDS)
 
     def _sample(
-        self, model: Denoiser, schedule: NoiseSchedule, request: ReplayRequest, shard: int
+        self, predict: Predict, schedule: NoiseSchedule, request: ReplayRequest, shard: int
     ) -> tuple[list[TrajectoryBatch], int] | None:
         """The trajectories of a shard and the micro-batch that they were sampled in; None when told to stop.
 
@@ -250,7 +276,7 @@ class Sampler:
         micro_batch = pool.manifest.micro_batches.get(shard, pool.micro_batch)
         while True:
             try:
-                batches = self._sample_in(micro_batch, model, schedule, request, shard)
+                batches = self._sample_in(micro_batch, predict, schedule, request, shard)
                 return None if batches is None else (batches, micro_batch)
             except (RuntimeError, MemoryError) as error:
                 if micro_batch == 1 or not is_out_of_memory(error):
@@ -268,7 +294,7 @@ class Sampler:
             micro_batch = smaller
 
     def _sample_in(
-        self, micro_batch: int, model: Denoiser, schedule: NoiseSchedule, request: ReplayRequest, shard: int
+        self, micro_batch: int, predict: Predict, schedule: NoiseSchedule, request: ReplayRequest, shard: int
     ) -> list[TrajectoryBatch] | None:
         first, count = shard * request.shard_trajectories, request.shard_trajectories
         batches: list[TrajectoryBatch] = []
@@ -278,13 +304,13 @@ class Sampler:
                     return None
                 stop = min(start + micro_batch, count)
                 indices = np.arange(first + start, first + stop, dtype=np.int64)
-                batches.append(sample_trajectories(model, schedule, request, indices, self.device, self._sampling))
+                batches.append(sample_trajectories(predict, schedule, request, indices, self.device, self._sampling))
         return batches
 
     def _sampling(self) -> None:
         self.beat("sampling")
 
-    def _open_teacher(self, request: ReplayRequest) -> tuple[Denoiser, NoiseSchedule]:
+    def _open_teacher(self, request: ReplayRequest) -> tuple[Predict, NoiseSchedule]:
         if self._teacher is None or self._teacher[0] != request.teacher_id:
             self._teacher = None  # the memory of the old one first
             self._teacher = (request.teacher_id, *open_teacher(self.run, request, self.device))

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from trainer.config import Config, Placement
 from trainer.data.batch import Examples
+from trainer.diffusion.samplers import Predict
 from trainer.diffusion.schedules import NoiseSchedule
 from trainer.pulse import LONGEST_INTERVAL, Ranks
 from trainer.replay.points import first_points, to_examples
@@ -101,7 +101,7 @@ class InlineSource(ReadySource):
 
     def __init__(
         self,
-        model: nn.Module,
+        teacher: Predict,
         schedule: NoiseSchedule,
         request: ReplayRequest,
         *,
@@ -111,10 +111,10 @@ class InlineSource(ReadySource):
         dtype: torch.dtype,
         restored: Mapping[str, float] | None = None,
     ) -> None:
-        """`model` is the frozen teacher on `device`; `batch` is over all ranks."""
+        """`teacher` is frozen and on `device`; `batch` is over all ranks."""
         assert request.points_per_trajectory == 1, "one point of each trajectory"
         assert batch % world.size == 0, "checked before the run starts"
-        self.model, self.schedule, self.request = model, schedule.to(device), request
+        self.teacher, self.schedule, self.request = teacher, schedule.to(device), request
         self.batch, self.world, self.device, self.dtype = batch, world, device, dtype
         self.counters = {name: (restored or {}).get(name, 0) for name in ("points_used", "teacher_evaluations")}
 
@@ -138,7 +138,7 @@ class InlineSource(ReadySource):
 
     def _piece(self, start: int, stop: int) -> Examples:
         indices = np.arange(start, stop, dtype=np.int64)
-        batch = sample_trajectories(self.model, self.schedule, self.request, indices, self.device)
+        batch = sample_trajectories(self.teacher, self.schedule, self.request, indices, self.device)
         return to_examples(self.request, first_points(self.request, batch), self.schedule, self.device, self.dtype)
 
 
@@ -165,9 +165,9 @@ def open_source(
         UserError: no such teacher, or a pool of another one.
     """
     if config.replay.placement is Placement.inline:
-        model, own = open_teacher(run, request, device)
+        teacher, own = open_teacher(run, request, device)
         return InlineSource(
-            model,
+            teacher,
             own,
             request,
             batch=config.replay_batch,

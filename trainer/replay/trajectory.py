@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.config import Prediction
 from trainer.diffusion.samplers import DDIMStep, Predict, ddim, timestep_grid
@@ -20,7 +19,6 @@ from trainer.replay.request import ReplayRequest
 from trainer.seeds import derive
 
 Int64 = NDArray[np.int64]
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def point_seeds(request: ReplayRequest, purpose: str, indices: Int64) -> Int64:
 
 @torch.no_grad()
 def sample_trajectories(
-    model: nn.Module,
+    teacher: Predict,
     schedule: NoiseSchedule,
     request: ReplayRequest,
     indices: Int64,
@@ -77,7 +75,7 @@ def sample_trajectories(
     """
     start = _trajectory_seeds(request, "start", indices, device)
     label = torch.from_numpy(trajectory_labels(request, indices)).to(device)
-    predict = teacher_call(model, request, device, alive)
+    predict = teacher_call(teacher, alive)
     grid = timestep_grid(
         schedule.timesteps,
         request.steps,
@@ -125,20 +123,13 @@ def renoise(
     return add_noise(end, seeds, t, schedule.signal, schedule.sigma, flip=None, predict_v=predict_v, dtype=dtype)
 
 
-def teacher_call(
-    model: nn.Module, request: ReplayRequest, device: torch.device, alive: Callable[[], None] | None = None
-) -> Predict:
-    """The teacher in the request's precision, its prediction in fp32; `alive` is called before each evaluation."""
-    dtype = _AUTOCAST.get(request.precision)
-
-    def precision() -> AbstractContextManager[object]:
-        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+def teacher_call(teacher: Predict, alive: Callable[[], None] | None = None) -> Predict:
+    """The teacher with its prediction in fp32; `alive` is called before each evaluation."""
 
     def predict(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         if alive is not None:
             alive()
-        with precision():
-            return model(x, t, label).float()
+        return teacher(x, t, label).float()
 
     return predict
 
