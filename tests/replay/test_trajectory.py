@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from trainer.config import MethodName, Points
 from trainer.models.teacher import load_teacher
+from trainer.replay.teacher import open_teacher
 from trainer.replay.trajectory import TrajectoryBatch, sample_trajectories, trajectory_labels
 
 CPU = torch.device("cpu")
@@ -123,6 +124,8 @@ def test_noisy_sampling_is_pure_too(make_workplace: Callable[..., Any]) -> None:
 def test_bf16_teacher_differs_a_little(make_workplace: Callable[..., Any]) -> None:
     workplace = make_workplace()
     plain, *_ = sample(workplace, [0, 1, 2])
-    rounded, *_ = sample(workplace, [0, 1, 2], replace(workplace.request, precision="bf16"))
+    request = replace(workplace.request, precision="bf16")
+    rounded = sample_trajectories(*open_teacher(workplace.run, request, CPU), request, np.arange(3), CPU)
+    assert plain.targets is not None and rounded.targets is not None
     assert not torch.equal(plain.targets, rounded.targets)
     assert (plain.targets.float() - rounded.targets.float()).abs().mean() < 0.1
