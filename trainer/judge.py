@@ -29,7 +29,6 @@ from trainer.tracking.grid import (
     save_png,
     save_samples,
 )
-from trainer.tracking.plots import save_summary
 from trainer.tracking.table import number_text
 from trainer.tracking.tracker import Tracker
 from trainer.world import World
@@ -85,6 +84,8 @@ class Judge:
         return self.world.on_main(lambda: self._conclude(account())) or {}
 
     def _conclude(self, account: dict[str, Any]) -> dict[str, Any]:
+        from trainer.tracking.plots import save_summary  # matplotlib: half a second that no first step waits for
+
         rows = [self._row(task) for task in range(1, len(self.tasks) + 1)]
         method, seed = self.config.method.name.value, self.config.run.seed
         content = result(method, [row for row in rows if row is not None], account.pop("cost"), seed=seed) | account

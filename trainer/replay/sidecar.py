@@ -32,6 +32,7 @@ from trainer.replay.window import Filling, Limits, Progress, read_progress
 from trainer.run import RunDir
 
 POLL_SECONDS = 0.2
+NICENESS = 10  # of a sampler on CPUs: a trainer that shares them waits in every operation for its slowest thread
 BEAT_SECONDS = 5.0  # between two heartbeats that say the same
 PAUSE_SECONDS = 1.0  # between two tries on a full disk
 FINISHED_SECONDS = 300.0  # a run that was finished before may be about to learn another task
@@ -367,6 +368,8 @@ def serve(
         if held:
             target = open_device(device)
             torch.set_num_threads(threads)
+            if target.type == "cpu":
+                os.nice(NICENESS)
             torch.backends.cudnn.benchmark = False  # its choice of algorithm would differ from process to process
             Sampler(run, worker, workers, target, by_hand=by_hand, alive=alive, stop=stop).serve()
 
