@@ -68,7 +68,7 @@ class Engine:
         units = Units(model, gathered=self._stage == 3)
         if config.train.compile:
             units.compile(autotune=config.train.autotune)
-        adam = make_optimizer(list(model.parameters()), config.optimizer)
+        adam = make_optimizer([unit.flat for unit in units.units], config.optimizer)  # in the order of the places
         numel = sum(parameter.numel() for parameter in model.parameters())
         with units.modules_hidden() if self._stage == 3 else nullcontext():
             self._engine = _initialize(model, adam, deepspeed_config(config, world.size, numel))

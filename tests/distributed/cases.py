@@ -22,6 +22,7 @@ from tests.distributed.loop_cases import learn as learn
 from trainer.config import Config, OptimizerName, Precision
 from trainer.engine import Engine
 from trainer.errors import UserError
+from trainer.steps import fresh_model
 from trainer.world import World
 
 FACTORS = {"infinite": torch.inf, "huge": 1e25}  # poisons of the gradient
@@ -198,6 +199,20 @@ def two_terms(world: World, steps: int, **settings: Any) -> list[float]:
         losses.append(world.all_gather(loss.detach()[None]).mean().item())
     engine.close()
     return losses
+
+
+def unet_weights(world: World, stage: int) -> list[str]:
+    """Names of the weights of a small U-Net that an engine gives back changed, before any step."""
+    config = Config()
+    config.zero.stage = stage
+    config.model.channels, config.model.norm_groups, config.model.max_classes = [8, 16], 4, 3
+    trainer.engine.PERSISTENT_NUMEL = 15
+    model = fresh_model(config)
+    given = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    engine = Engine(model, config, world)
+    found = engine.weights(ema=False)
+    engine.close()
+    return [name for name in given.keys() | found.keys() if not torch.equal(given[name], found[name])]
 
 
 def world_methods(world: World) -> dict[str, Any]:
