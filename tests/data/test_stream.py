@@ -21,6 +21,8 @@ from trainer.errors import ConfigError, UserError
 class Numbers:
     """Images that hold their own index; reading may be slow or fail."""
 
+    image_shape = (1, 1, 1)
+
     def __init__(self, count: int, fail_at: int = -1, delay: float = 0.0) -> None:
         self.labels = np.arange(count, dtype=np.int64) % 5
         self.keys = np.arange(count, dtype=np.uint64) + np.uint64(2**63)
@@ -29,12 +31,12 @@ class Numbers:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def read_into(self, indices: NDArray[np.int64], images: NDArray[np.uint8]) -> None:
         self.reads += 1
         time.sleep(self.delay)
         if self.fail_at in indices:
             raise UserError("shard 7: sample x: broken")
-        return (indices % 256).astype(np.uint8).reshape(-1, 1, 1, 1)
+        images[:] = (indices % 256).astype(np.uint8).reshape(-1, 1, 1, 1)
 
 
 def stream(data: Any, **changes: Any) -> RealStream:

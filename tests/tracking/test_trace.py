@@ -23,6 +23,10 @@ class Numbered:
     count: int
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return 1, 1, 1
+
+    @property
     def sample_keys(self) -> list[str]:
         return [f"image-{number}" for number in range(self.count)]
 
@@ -37,8 +41,8 @@ class Numbered:
     def __len__(self) -> int:
         return self.count
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        return indices.astype(np.uint8).reshape(-1, 1, 1, 1)
+    def read_into(self, indices: np.ndarray, images: np.ndarray) -> None:
+        images[:] = indices.astype(np.uint8).reshape(-1, 1, 1, 1)
 
 
 def test_lines_name_what_the_batches_hold(tmp_path: Path) -> None:

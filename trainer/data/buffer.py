@@ -44,7 +44,7 @@ def save_buffer(data: TaskData, per_class: int, seed: int, directory: Path) -> N
     samples = [
         Sample(
             key,
-            {chosen.extensions[row]: chosen.read_bytes(row), LABEL_EXTENSION: str(int(chosen.labels[row])).encode()},
+            {chosen.extension(row): chosen.read_bytes(row), LABEL_EXTENSION: str(int(chosen.labels[row])).encode()},
         )
         for row, key in enumerate(chosen.sample_keys)
     ]

@@ -1,8 +1,15 @@
-"""Reading task shards: samples are found by their offset in the index and read one by one, never whole files."""
+"""Reading task shards: samples are found by their offset in the index, never by reading whole files.
+
+Files are read with positioned reads, not mapped into memory: a shard that is cut short under a map kills the process,
+a read that comes back short is an error with a name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +18,7 @@ from numpy.typing import NDArray
 
 from trainer.config import Verify
 from trainer.data.files import FilePool
-from trainer.data.images import decode_image, image_extension
+from trainer.data.images import IMAGE_EXTENSIONS, RAW_EXTENSION, decode_image, image_extension, raw_header
 from trainer.data.shards import DatasetCard, ShardEntry, SplitIndex, check_shard, read_card, read_index, task_directory
 from trainer.errors import UserError, one_line
 from trainer.seeds import hash_keys
@@ -32,18 +39,18 @@ class TaskData:
     """Labelled images of some tasks, in the order of the index. Thread-safe.
 
     `spans` (N, 3) int64 holds for each sample the number of its file, the first byte and the size of its image;
-    `labels` (N,) int64 the class id; `keys` (N,) uint64 the hash of "<split>/<task>/<sample key>", on which all of a
-    sample's randomness depends.
+    `formats` (N,) uint8 the place of that member's extension in IMAGE_EXTENSIONS; `labels` (N,) int64 the class id;
+    `keys` (N,) uint64 the hash of "<split>/<task>/<sample key>", on which all of a sample's randomness depends.
     """
 
-    indexes: list[SplitIndex]  # what was opened: one per task directory (or buffer)
+    indexes: list[SplitIndex]  # of what was opened, one per task directory (or buffer), without their shards
     image_size: int
     channels: int
     sample_keys: list[str]
     labels: NDArray[np.int64]
     keys: NDArray[np.uint64]
     spans: NDArray[np.int64]
-    extensions: list[str]
+    formats: NDArray[np.uint8]
     files: list[_File]
 
     @staticmethod
@@ -88,20 +95,19 @@ class TaskData:
             labels=np.concatenate([part.labels for part in parts]),
             keys=np.concatenate([part.keys for part in parts]),
             spans=np.concatenate(spans),
-            extensions=[extension for part in parts for extension in part.extensions],
+            formats=np.concatenate([part.formats for part in parts]),
             files=[file for part in parts for file in part.files],
         )
 
     def subset(self, indices: NDArray[np.int64]) -> TaskData:
         """The samples at `indices`, in that order."""
-        chosen = [int(index) for index in indices]
         return replace(
             self,
-            sample_keys=[self.sample_keys[index] for index in chosen],
+            sample_keys=[self.sample_keys[index] for index in indices.tolist()],
             labels=self.labels[indices],
             keys=self.keys[indices],
             spans=self.spans[indices],
-            extensions=[self.extensions[index] for index in chosen],
+            formats=self.formats[indices],
         )
 
     def __len__(self) -> int:
@@ -112,21 +118,74 @@ class TaskData:
         """Class ids of the tasks, sorted, whether or not a subset holds samples of each."""
         return sorted({label for index in self.indexes for label in index.classes})
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return self.channels, self.image_size, self.image_size
+
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Decoded images, shape (n, C, H, W).
 
         Raises:
             UserError: a damaged sample; the line names shard and key.
         """
-        shape = (self.channels, self.image_size, self.image_size)
-        images = np.empty((len(indices), *shape), dtype=np.uint8)
-        for row, index in enumerate(indices):
-            data = self.read_bytes(int(index))
-            try:
-                images[row] = decode_image(data, self.extensions[index], self.image_size, self.channels)
-            except UserError as error:
-                raise UserError(f"{self.place(int(index))}: {error}; {KEY}") from None
+        images = np.empty((len(indices), *self.image_shape), dtype=np.uint8)
+        self.read_into(indices, images)
         return images
+
+    def read_into(self, indices: NDArray[np.int64], images: NDArray[np.uint8]) -> None:
+        """The same into an array (n, C, H, W) without gaps.
+
+        Raises:
+            UserError: a damaged sample; the line names shard and key.
+        """
+        done = self._read_raw(indices, images)
+        for row in np.flatnonzero(~done).tolist():  # encoded images, and raw ones that are not as they should be
+            images[row] = self._decode(int(indices[row]))
+
+    def _read_raw(self, indices: NDArray[np.int64], images: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Read raw images to their places, in the order of files and offsets; which rows (n,) that made whole.
+
+        The headers go to a place of their own and are compared all at once: beside the reads there is no work per byte
+        in Python, and each byte is copied once.
+        """
+        assert images.flags.c_contiguous, "rows are filled as runs of bytes"
+        header, pixels = raw_header(self.image_shape), math.prod(self.image_shape)
+        spans = self.spans[indices]
+        fit = (self.formats[indices] == IMAGE_EXTENSIONS.index(RAW_EXTENSION)) & (spans[:, 2] == len(header) + pixels)
+        rows = np.flatnonzero(fit)
+        rows = rows[np.lexsort((spans[rows, 1], spans[rows, 0]))]
+        headers = np.zeros((len(indices), len(header)), dtype=np.uint8)
+        head, body = headers.reshape(-1).data, images.reshape(-1).data
+        sizes = np.zeros(len(indices), dtype=np.int64)
+        for file, part in self._by_file(rows, spans):
+            with suppress(OSError), file.pool.opened(file.path) as descriptor:
+                for row, first in zip(part.tolist(), spans[part, 1].tolist(), strict=True):
+                    places = [
+                        head[row * len(header) : (row + 1) * len(header)],
+                        body[row * pixels : (row + 1) * pixels],
+                    ]
+                    sizes[row] = os.preadv(descriptor, places, first)
+        return fit & (sizes == spans[:, 2]) & (headers == np.frombuffer(header, dtype=np.uint8)).all(axis=1)
+
+    def _by_file(self, rows: NDArray[np.int64], spans: NDArray[np.int64]) -> Iterator[tuple[_File, NDArray[np.int64]]]:
+        """Each file and its part of `rows`, which are sorted by file."""
+        numbers = spans[rows, 0]
+        for part in np.split(rows, np.flatnonzero(np.diff(numbers)) + 1):
+            if len(part):
+                yield self.files[int(spans[part[0], 0])], part
+
+    def _decode(self, index: int) -> NDArray[np.uint8]:
+        """One image (C, H, W). Raises UserError, naming shard and key."""
+        data = self.read_bytes(index)
+        try:
+            return decode_image(data, self.extension(index), self.image_size, self.channels)
+        except UserError as error:
+            raise UserError(f"{self.place(index)}: {error}; {KEY}") from None
+
+    def extension(self, index: int) -> str:
+        """The extension of a sample's image."""
+        return IMAGE_EXTENSIONS[self.formats[index]]
 
     def read_bytes(self, index: int) -> bytes:
         """The image of one sample as it is stored."""
@@ -155,19 +214,19 @@ def open_directory(directory: Path, index: SplitIndex, verify: Verify, pool: Fil
         for entry in index.shards:
             check_shard(directory / entry.name, entry, sha256=verify is Verify.sha256)
             _check_labels(directory / entry.name, entry, index)
-        extensions, spans = _locate(directory, index)
+        formats, spans = _locate(directory, index)
     except UserError as error:
         raise UserError(f"{error}; {KEY}") from None
     sample_keys = [key for entry in index.shards for key in entry.keys]
     return TaskData(
-        indexes=[index],
+        indexes=[replace(index, shards=[])],  # a million small lists are a burden to every collection of garbage
         image_size=index.image_size,
         channels=index.channels,
         sample_keys=sample_keys,
         labels=np.array([label for entry in index.shards for label in entry.labels], dtype=np.int64),
         keys=hash_keys(f"{index.split}/{index.task}/{key}" for key in sample_keys),
         spans=spans,
-        extensions=extensions,
+        formats=formats,
         files=[_File(directory / entry.name, pool) for entry in index.shards],
     )
 
@@ -193,15 +252,17 @@ def _check_labels(path: Path, entry: ShardEntry, index: SplitIndex) -> None:
         raise UserError(f"{path}: classes {one_line(sorted(strangers))} are not of task {index.task}")
 
 
-def _locate(directory: Path, index: SplitIndex) -> tuple[list[str], NDArray[np.int64]]:
-    extensions: list[str] = []
-    spans = np.empty((index.count, 3), dtype=np.int64)
+def _locate(directory: Path, index: SplitIndex) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    numbers = {extension: number for number, extension in enumerate(IMAGE_EXTENSIONS)}
+    formats: list[int] = []
+    spans: list[tuple[int, int, int]] = []
     for number, entry in enumerate(index.shards):
         for key, members in zip(entry.keys, entry.offsets, strict=True):
             extension = image_extension(members)
             if extension is None:
                 found = one_line(sorted(members))
                 raise UserError(f"{directory / entry.name}: sample {key}: members {found} hold not one image")
-            spans[len(extensions)] = (number, *members[extension])
-            extensions.append(extension)
-    return extensions, spans
+            first, size = members[extension]
+            formats.append(numbers[extension])
+            spans.append((number, first, size))
+    return np.array(formats, dtype=np.uint8), np.array(spans, dtype=np.int64).reshape(-1, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import weakref
 from collections.abc import Generator
@@ -10,7 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-OPEN_FILES = 128  # far below the usual limit of 1024 descriptors per process
+
+def open_files_limit() -> int:
+    """A quarter of the descriptors that this process may have; a task of ImageNet-100 has 130 shards."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 4096 if soft == resource.RLIM_INFINITY else max(1, min(soft // 4, 4096))
 
 
 @dataclass
@@ -22,15 +27,16 @@ class _Handle:
 class FilePool:
     """Keeps the files read last open; a file in use by another thread is never closed under it."""
 
-    def __init__(self, limit: int = OPEN_FILES) -> None:
-        self._limit = limit
+    def __init__(self, limit: int | None = None) -> None:
+        """`limit`: of files that stay open while nobody reads them."""
+        self._limit = open_files_limit() if limit is None else limit
         self._lock = threading.Lock()
         self._handles: dict[Path, _Handle] = {}  # in the order of last use
         weakref.finalize(self, _close_all, self._handles)
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`; fewer at the end of the file. Raises OSError; a pipe is not waited for."""
-        with self._opened(path) as descriptor:
+        with self.opened(path) as descriptor:
             return os.pread(descriptor, size, offset)
 
     @property
@@ -38,7 +44,8 @@ class FilePool:
         return len(self._handles)
 
     @contextmanager
-    def _opened(self, path: Path) -> Generator[int, None, None]:
+    def opened(self, path: Path) -> Generator[int, None, None]:
+        """A descriptor for positioned reads. Raises OSError."""
         with self._lock:
             handle = self._handles.pop(path, None) or _Handle(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             self._handles[path] = handle

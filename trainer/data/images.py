@@ -14,6 +14,7 @@ from trainer.errors import UserError
 
 RAW_EXTENSION = "npy"
 PIL_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
+IMAGE_EXTENSIONS = (RAW_EXTENSION, *PIL_FORMATS)
 PIL_MODES = {1: "L", 3: "RGB"}
 # What Pillow raises for bytes that are no image: header parsers leak struct and index errors.
 PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
@@ -21,7 +22,7 @@ PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.err
 
 def image_extension(spans: dict[str, list[int]]) -> str | None:
     """The member that holds a sample's image; None where there is not exactly one."""
-    found = [extension for extension in spans if extension in PIL_FORMATS or extension == RAW_EXTENSION]
+    found = [extension for extension in spans if extension in IMAGE_EXTENSIONS]
     return found[0] if len(found) == 1 else None
 
 
@@ -59,8 +60,8 @@ def decode_image(data: bytes, extension: str, image_size: int, channels: int) ->
 
 
 def _decode_raw(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    start = len(_npy_header(shape))
-    if data[:start] != _npy_header(shape):
+    start = len(raw_header(shape))
+    if data[:start] != raw_header(shape):
         raise UserError(f"not a .npy file of uint8 {shape}")
     if len(data) != start + shape[0] * shape[1] * shape[2]:
         raise UserError(f"a .npy file of {len(data)} bytes, too few or too many for uint8 {shape}")
@@ -68,8 +69,9 @@ def _decode_raw(data: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 
 @lru_cache(maxsize=16)
-def _npy_header(shape: tuple[int, int, int]) -> bytes:
-    """The only header accepted: comparing bytes needs no parser (numpy's evaluates the header as a literal)."""
+def raw_header(shape: tuple[int, int, int]) -> bytes:
+    """The only header of a raw image (C,H,W) that is accepted, in front of its pixels: comparing bytes needs no parser
+    (numpy's evaluates the header as a literal)."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return buffer.getvalue()

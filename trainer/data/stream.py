@@ -46,9 +46,12 @@ class Images(Protocol):
     @property
     def keys(self) -> NDArray[np.uint64]: ...
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
     def __len__(self) -> int: ...
 
-    def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]: ...
+    def read_into(self, indices: NDArray[np.int64], images: NDArray[np.uint8]) -> None: ...
 
 
 class RealStream:
@@ -90,9 +93,11 @@ class RealStream:
         start = step * self._global_batch + self._rank * self._local_batch
         stop = start + self._local_batch
         indices, epochs = positions(self._seed, self._task, len(self._data), start, stop)
-        images = torch.from_numpy(self._data.read(indices))
+        # Page-locked memory comes from torch's own pool, which takes a batch's back only when copies from it are over.
+        images = torch.empty((len(indices), *self._data.image_shape), dtype=torch.uint8, pin_memory=self._pin)
+        self._data.read_into(indices, images.numpy())
         return HostBatch(
-            images=images.pin_memory() if self._pin else images,
+            images=images,
             labels=torch.from_numpy(self._data.labels[indices]),
             keys=self._data.keys[indices],
             draws=epochs.astype(np.uint64),
