@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from trainer.data.shards import TAR_ERRORS
 from trainer.errors import one_line
@@ -31,7 +30,8 @@ class Corrupt(Exception):
 
 @dataclass(frozen=True)
 class DecodedShard:
-    """The K trajectories of one shard; shapes as in `TrajectoryBatch`."""
+    """The K trajectories of one shard; shapes as in `TrajectoryBatch`. Read-only; images and targets are views of the
+    shard's bytes where its members lie at equal distances."""
 
     label: Int64
     t: Int64
@@ -64,19 +64,20 @@ def decode(request: ReplayRequest, shard: int, data: bytes) -> DecodedShard:
         shapes["targets.npy"] = points
     first = shard * request.shard_trajectories
     records: list[dict[str, Any]] = []
-    arrays: dict[str, list[Float16]] = {name: [] for name in shapes}
+    starts: dict[str, list[int]] = {name: [] for name in shapes}  # of the numbers in the tar
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for trajectory in range(first, first + request.shard_trajectories):
                 key = trajectory_key(trajectory)
-                records.append(_record(_member(tar, data, f"{key}.json"), trajectory, request))
+                begin, end = _member(tar, f"{key}.json")
+                records.append(_record(data[begin:end], trajectory, request))
                 for name, shape in shapes.items():
-                    arrays[name].append(_array(_member(tar, data, f"{key}.{name}"), shape))
+                    starts[name].append(_array_start(data, *_member(tar, f"{key}.{name}"), shape))
             if tar.next() is not None:
                 raise Corrupt("more members than a shard has")
     except TAR_ERRORS as error:
         raise Corrupt(f"not a tar ({one_line(error)})") from None
-    stacked = {name: np.stack(parts) for name, parts in arrays.items()}
+    stacked = {name: _stack(data, starts[name], shape) for name, shape in shapes.items()}
     return DecodedShard(
         label=np.array([record["label"] for record in records], dtype=np.int64),
         t=np.array([record["timesteps"] for record in records], dtype=np.int64),
@@ -86,12 +87,12 @@ def decode(request: ReplayRequest, shard: int, data: bytes) -> DecodedShard:
     )
 
 
-def _member(tar: tarfile.TarFile, data: bytes, name: str) -> bytes:
-    """The next member, which must be this regular file. Nothing is ever extracted to a path."""
+def _member(tar: tarfile.TarFile, name: str) -> tuple[int, int]:
+    """First byte and end of the next member, which must be this regular file. Nothing is ever extracted to a path."""
     member = tar.next()
     if member is None or member.name != name or not member.isreg():
         raise Corrupt(f"member {name} expected, {one_line(repr(member.name)) if member else 'the end'} found")
-    return data[member.offset_data : member.offset_data + member.size]
+    return member.offset_data, member.offset_data + member.size
 
 
 def _record(data: bytes, trajectory: int, request: ReplayRequest) -> dict[str, Any]:
@@ -116,12 +117,21 @@ def _record(data: bytes, trajectory: int, request: ReplayRequest) -> dict[str, A
     return record
 
 
-def _array(data: bytes, shape: tuple[int, ...]) -> Float16:
+def _array_start(data: bytes, begin: int, end: int, shape: tuple[int, ...]) -> int:
+    """Where the numbers of the fp16 array in data[begin:end] begin."""
     header = npy_header(shape)
-    if not data.startswith(header) or len(data) != len(header) + 2 * int(np.prod(shape)):
+    start = begin + len(header)
+    if not data.startswith(header, begin) or end - start != 2 * math.prod(shape) or end > len(data):
         raise Corrupt(f"not an fp16 array of shape {shape}")
-    return np.frombuffer(data, dtype="<f2", offset=len(header)).reshape(shape)
+    return start
 
 
-def as_tensor(array: Float16 | Int64) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
+def _stack(data: bytes, starts: list[int], shape: tuple[int, ...]) -> Float16:
+    """The arrays (K, *shape) that begin there: not copied where they lie at equal distances, as they do unless a
+    record before one of them needs another number of blocks."""
+    parts = [np.frombuffer(data, dtype="<f2", count=math.prod(shape), offset=start).reshape(shape) for start in starts]
+    distances = set(np.diff(starts).tolist())
+    if len(distances) != 1:
+        return np.stack(parts)
+    strides = (*distances, *parts[0].strides)
+    return np.ndarray((len(starts), *shape), dtype="<f2", buffer=data, offset=starts[0], strides=strides)

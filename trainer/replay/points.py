@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from trainer.data.batch import Examples
 from trainer.diffusion.schedules import NoiseSchedule
-from trainer.replay.decode import DecodedShard, as_tensor
+from trainer.replay.decode import DecodedShard
 from trainer.replay.request import ReplayRequest
 from trainer.replay.trajectory import TrajectoryBatch, renoise
 
@@ -31,25 +30,25 @@ class StoredPoints:
     label: Tensor
 
     def to(self, device: torch.device) -> StoredPoints:
-        return self._map(lambda part: part.to(device, non_blocking=True))
-
-    def pin(self) -> StoredPoints:
-        """The same in page-locked memory, from which copies to a GPU do not block."""
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> StoredPoints:
-        targets = None if self.targets is None else change(self.targets)
-        return StoredPoints(change(self.images), targets, change(self.t), change(self.seeds), change(self.label))
+        targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
+        images, t, seeds, label = (
+            part.to(device, non_blocking=True) for part in (self.images, self.t, self.seeds, self.label)
+        )
+        return StoredPoints(images, targets, t, seeds, label)
 
 
-def gather(request: ReplayRequest, parts: list[tuple[Int64, DecodedShard, Int64, Int64]], count: int) -> StoredPoints:
-    """Points in the order of their positions.
+def gather(
+    request: ReplayRequest, parts: list[tuple[Int64, DecodedShard, Int64, Int64]], count: int, *, pin: bool = False
+) -> StoredPoints:
+    """Points in the order of their positions; `pin`: in page-locked memory, from which copies to a GPU do not block.
 
     Each part is one shard's share: places in the batch (m,), the shard, trajectories within it (m,), points (m,).
     """
-    label, t, seeds = (np.empty(count, dtype=np.int64) for _ in range(3))
-    images = np.empty((count, *request.image_shape), dtype=np.float16)
-    targets = np.empty_like(images) if request.teacher_targets else None
+    numbers = torch.empty((3, count), dtype=torch.int64, pin_memory=pin)
+    shape = (2 if request.teacher_targets else 1, count, *request.image_shape)
+    pixels = torch.empty(shape, dtype=torch.float16, pin_memory=pin)
+    label, t, seeds = numbers.numpy()
+    images, targets = pixels[0].numpy(), pixels[1].numpy() if request.teacher_targets else None
     for places, shard, trajectories, points in parts:
         label[places] = shard.label[trajectories]
         t[places] = shard.t[trajectories, points]
@@ -57,13 +56,7 @@ def gather(request: ReplayRequest, parts: list[tuple[Int64, DecodedShard, Int64,
         images[places] = shard.images[trajectories] if request.renoised else shard.images[trajectories, points]
         if targets is not None and shard.targets is not None:
             targets[places] = shard.targets[trajectories, points]
-    return StoredPoints(
-        as_tensor(images),
-        None if targets is None else as_tensor(targets),
-        as_tensor(t),
-        as_tensor(seeds),
-        as_tensor(label),
-    )
+    return StoredPoints(pixels[0], None if targets is None else pixels[1], numbers[1], numbers[2], numbers[0])
 
 
 def first_points(request: ReplayRequest, batch: TrajectoryBatch) -> StoredPoints:

@@ -133,8 +133,7 @@ class Loader:
             places = np.flatnonzero(shards == shard)
             inside = trajectories[places] - shard * request.shard_trajectories
             parts.append((places, self._shard(offer), inside, points[places]))
-        loaded = gather(request, parts, len(positions))
-        return loaded.pin() if self.pin else loaded
+        return gather(request, parts, len(positions), pin=self.pin)
 
     def _shard(self, offer: Offer) -> DecodedShard:
         decoded = self._decoded.pop(offer.shard, None)
