@@ -1,0 +1,223 @@
+"""What the benchmarks claim, and the table of benchmarks/README.md: from the result files alone, nothing is typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from claims import SIGNS, number_text
+
+BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
+NOT_MEASURED = "needs a GPU: not measured"
+HEAD = ("claim", "peer", "bar", "measured", "holds", "where")
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A claim that a benchmark's result must hold; what the table says before it was measured."""
+
+    claim: str
+    bar: str
+    peer: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A script, its result file (without .json), and what it promises; `read` is for results without rows."""
+
+    title: str
+    command: str
+    result: str
+    promises: tuple[Promise, ...] = ()
+    read: Callable[[Mapping[str, Any]], list[dict[str, Any]]] | None = None
+
+
+def read_resume(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    seconds = content["seconds"]
+    rows = [
+        fact("a job killed half-way ends with the weights of an undisturbed one", content["same_weights"]),
+        fact("and with a result of the same shape", content["same_matrix_shape"]),
+    ]
+    claim, bar = "a job killed half-way and resumed ends sooner than one started anew", "< 1"
+    ratio = seconds["resumed"] / seconds["whole"]
+    measured = f"{ratio:.3g} ({number_text(seconds['resumed'])} s, {number_text(seconds['whole'])} s)"
+    return [*rows, {"claim": claim, "bar": bar, "measured": measured, "holds": ratio < 1}]
+
+
+def read_chaos(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    faults = sum(content["faults"].values())
+    lost = len(content["lost"]) + len(content["tracebacks"])
+    measured = f"{faults} faults of {len(content['faults'])} kinds, {content['starts']} starts, {lost} losses"
+    return [{"claim": "a run under attack loses nothing", "bar": "no loss", "measured": measured, "holds": lost == 0}]
+
+
+def read_checkpoint(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    waiting, standstill = content["waiting_standstill"], content["standstill"]
+    measured = f"{number_text(standstill)} s, {number_text(waiting)} s where training waits for the write"
+    claim = f"training stands still less for a checkpoint of {content['checkpoint_bytes'] / 1e9:.2f} GB"
+    return [{"claim": claim, "bar": "less", "measured": measured, "holds": standstill < waiting}]
+
+
+def read_methods(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The forgetting of each method, the median over the seeds."""
+    medians = {row["name"]: row["summary"]["forgetting"]["median"] for row in content["rows"]}
+    lowest = medians.pop("finetune")
+    return [
+        {
+            "claim": f"{name} forgets less than finetune (increase of FD, median of {len(content['seeds'])} seeds)",
+            "peer": "finetune",
+            "bar": "less",
+            "measured": f"{number_text(value)} ({number_text(lowest)})",
+            "holds": value < lowest,
+        }
+        for name, value in medians.items()
+    ]
+
+
+def fact(claim: str, holds: bool) -> dict[str, Any]:
+    """A claim without a number."""
+    return {"claim": claim, "bar": "equal", "measured": "equal" if holds else "different", "holds": holds}
+
+
+LOOP = "diffusers' loop, {}, the faster of NCHW and channels_last"
+STEP = "training step of the program, replay from the pool mixed in"
+SIDECAR = "sidecar's sampler, shards encoded and written"
+ALONE = "the same model trained in PyTorch alone"
+BENCHMARKS = (
+    Benchmark(
+        "Training step",
+        "python benchmarks/train_step.py --parts peers,distillation --json benchmarks/results/train_step.json",
+        "train_step",
+        (
+            Promise(STEP, "≥ 1.25", LOOP.format("compiled")),
+            Promise(STEP, "≥ 2", LOOP.format("eager")),
+            Promise("share of the card's bf16 product that the training step reaches", "≥ 0.5"),
+            Promise("time a training step waits for images and replay", "≤ 0.01"),
+            Promise("distillation step from the pool, 64 real and 64 replayed images", "≤ 1.03",
+                    "a plain step of 128 real images"),
+            Promise("distillation step from the pool", "≤ 1",
+                    "the paper's step: the teacher samples 10 DDIM steps in the loop"),
+        ),
+    ),
+    Benchmark(
+        "What the engine costs",
+        "python benchmarks/train_step.py --parts zero --json benchmarks/results/zero.json",
+        "zero",
+        (
+            Promise("step of the engine, ZeRO-1, compiled", "≤ 1.03", ALONE),
+            Promise("step of the engine, ZeRO-2, compiled", "≤ 1.08", ALONE),
+            Promise("step of the engine, ZeRO-3, eager", "≤ 1.25", ALONE),
+        ),
+    ),
+    Benchmark(
+        "Sampling in the sidecar",
+        "python benchmarks/sampler.py --json benchmarks/results/sampler.json",
+        "sampler",
+        (
+            Promise(SIDECAR, "≥ 5000"),
+            Promise(SIDECAR, "≥ 1", "diffusers' DDIM loop, compiled"),
+            Promise(SIDECAR, "≥ 1", "diffusers' DDIM loop, eager"),
+            Promise(SIDECAR, "≥ 0.97", "the same with nothing encoded or written"),
+        ),
+    ),
+    Benchmark(
+        "Kernels",
+        "python benchmarks/kernels.py --json benchmarks/results/kernels.json",
+        "kernels",
+        (
+            Promise("noise kernel, share of the copy's bandwidth", "≥ 0.75", "a device-to-device copy"),
+            Promise("noise kernel", "≥ 12", "eager PyTorch"),
+        ),
+    ),
+    Benchmark(
+        "Reading",
+        "python benchmarks/reader.py --json benchmarks/results/reader.json",
+        "reader",
+        (Promise("images of the raw format per second and core", "≥ 20000"),),
+    ),
+    Benchmark(
+        "Checkpoints",
+        "python benchmarks/checkpoint.py --json benchmarks/results/checkpoint.json",
+        "checkpoint",
+        read=read_checkpoint,
+    ),
+    Benchmark(
+        "Resuming",
+        "python benchmarks/resume.py --json benchmarks/results/resume.json",
+        "resume",
+        read=read_resume,
+    ),
+    Benchmark(
+        "A run under attack",
+        "python benchmarks/chaos.py --minutes 10 --json benchmarks/results/chaos.json",
+        "chaos",
+        read=read_chaos,
+    ),
+    Benchmark(
+        "Forgetting, on the digits",
+        "python launch/compare.py --config digits.yaml "
+        "--methods finetune,generative_replay,generative_distillation --seeds 0,1",
+        "digits-methods",
+        read=read_methods,
+    ),
+)  # fmt: skip
+
+
+def table(results: Path) -> str:
+    """Markdown: for each benchmark its command and the claims, measured or not."""
+    parts = list[str]()
+    for benchmark in BENCHMARKS:
+        path = results / f"{benchmark.result}.json"
+        content = json.loads(path.read_text()) if path.exists() else {}
+        parts += ["", f"**{benchmark.title}**", "", f"    {content.get('command', benchmark.command)}", ""]
+        parts += [line(HEAD), line(["---"] * len(HEAD))]
+        parts += [line([row[name] for name in HEAD]) for row in rows_of(benchmark, content)]
+    return "\n".join(parts).lstrip("\n") + "\n"
+
+
+def rows_of(benchmark: Benchmark, content: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What the table says of one benchmark: its result's rows, or what it promises."""
+    if benchmark.read is not None:
+        found = benchmark.read(content) if content else []
+        where = str(content.get("hardware") or f"{content.get('cores')} cores, {content.get('machine')}")
+        return [{"peer": "", **row, "holds": verdict(row["holds"]), "where": where} for row in found]
+    rows = [row_text(row) for row in content.get("rows", []) if "claim" in row]
+    return rows or [promise_text(promise) for promise in benchmark.promises]
+
+
+def promise_text(promise: Promise) -> dict[str, str]:
+    """A claim that nobody has measured yet."""
+    known = {"claim": promise.claim, "peer": promise.peer, "bar": promise.bar}
+    return known | {"measured": NOT_MEASURED, "holds": "", "where": ""}
+
+
+def row_text(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row of a result as the table shows it."""
+    bar = f"{SIGNS.get(row.get('bound', ''), '')} {row['bar']:g}".strip()
+    if row["holds"] is None:
+        measured = NOT_MEASURED if "CUDA" in row.get("why_not", "") else row.get("why_not", "not measured")
+    elif row["peer"] is None:
+        measured = f"{number_text(row['ours'])} {row['unit']}"
+    else:
+        numbers = f"{number_text(row['ours'])}, {number_text(row['peer'])} {row['unit']}"
+        measured = f"{number_text(row['ratio'])} ({numbers})"
+    known = {"claim": row["claim"], "peer": row.get("against", ""), "bar": bar, "measured": measured}
+    where = "" if row["holds"] is None else str(row["hardware"])
+    return known | {"holds": verdict(row["holds"]), "where": where}
+
+
+def verdict(holds: bool | None) -> str:
+    return {True: "yes", False: "**no**", None: ""}[holds]
+
+
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def with_table(text: str, table: str) -> str:
+    """The README with what stands between the two markers replaced. Raises ValueError where they are missing."""
+    before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
+    return f"{text[:before]}\n{table}{text[after:]}"
