@@ -22,7 +22,7 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).resolve().parent
 # What the program and its peers import, beside torch's own.
 MODULES = (
-    *("torch", "triton", "torchvision", "deepspeed", "diffusers", "transformers", "omegaconf", "antlr4", "safetensors"),
+    *("torch", "triton", "torchvision", "deepspeed", "diffusers", "transformers", "omegaconf", "safetensors"),
     *("numpy", "scipy", "PIL", "matplotlib", "rich", "hjson", "cpuinfo", "msgpack", "einops", "psutil", "tqdm", "yaml"),
     *("pydantic", "requests"),
 )
