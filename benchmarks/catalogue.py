@@ -107,9 +107,10 @@ BENCHMARKS = (
         "python benchmarks/train_step.py --parts zero --json benchmarks/results/zero.json",
         "zero",
         (
-            Promise("step of the engine, ZeRO-1, compiled", "≤ 1.03", ALONE),
-            Promise("step of the engine, ZeRO-2, compiled", "≤ 1.08", ALONE),
-            Promise("step of the engine, ZeRO-3, eager", "≤ 1.25", ALONE),
+            Promise("step of the engine, ZeRO-1", "≤ 1.03", ALONE),
+            Promise("step of the engine, ZeRO-2", "≤ 1.08", ALONE),
+            Promise("step of the engine, ZeRO-3", "≤ 1.25", ALONE),
+            Promise("step of the engine, ZeRO-3 eager", "≤ 1.25", ALONE.replace("model", "model, uncompiled,")),
         ),
     ),
     Benchmark(

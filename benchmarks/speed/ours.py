@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from speed.peers import move
 from speed.plain import BATCHES
 from speed.reference import LOSS_ERROR, compare, denoising_loss, exact
 from speed.sizes import Sizes, make_config, random_examples
@@ -133,17 +134,8 @@ def expected_loss(trainer: TimedTrainer, batch: HostBatch) -> float:
     clean = torch.where(flip[:, None, None, None], images.flip(-1), images)
     noise = normal(seeds("noise"), tuple(images.shape[1:]))
     t = timesteps(seeds("timestep"), config.diffusion.timesteps)
-    unet = make_unet_like(config).to(device, exact(device))
+    unet = move(fresh_model(config).unet, device, exact(device))
     return denoising_loss(unet, clean.to(device), noise.to(device), t.to(device), batch.labels.to(device))
-
-
-def make_unet_like(config: Config) -> torch.nn.Module:
-    """The initial U-Net of a configuration, uncompiled."""
-    compiled, config.train.compile = config.train.compile, False
-    try:
-        return fresh_model(config).unet
-    finally:
-        config.train.compile = compiled
 
 
 def check_program(facts: dict[str, Any], target_square: float | None, precision: str) -> dict[str, float]:

@@ -25,7 +25,7 @@ BATCHES = 4  # of images, in turn
 
 def make_unet(sizes: Sizes, directory: Path) -> UNet2DModel:
     """The U-Net that is compared, in fp32: the same initial weights wherever it is made."""
-    return fresh_model(make_config(sizes, directory, "peer", train={"compile": False})).unet
+    return fresh_model(make_config(sizes, directory, "peer")).unet
 
 
 def move(

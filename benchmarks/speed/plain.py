@@ -25,11 +25,15 @@ class PlainTraining:
     """Weights of `dtype`, their masters in fp32 where that is less, and Adam, clipping and EMA on the masters."""
 
     def __init__(self, model: nn.Module, config: Config, dtype: torch.dtype, world: World, parts: int = 1) -> None:
-        """Args: model: on the device. parts: the batch is cut into so many, whose gradients add up."""
+        """Args: model: on the device; compiled as the engine compiles it where the configuration says so.
+        parts: the batch is cut into so many, whose gradients add up."""
         self.parts, self.world = parts, world
         self.weights: list[Tensor] = list(model.parameters())
         initial = [weight.detach().clone() for weight in self.weights]
-        self.model = model.to(dtype)
+        self.model = self.predict = model.to(dtype)
+        if config.train.compile:
+            mode = "max-autotune-no-cudagraphs" if config.train.autotune else "default"
+            self.predict = torch.compile(self.model, dynamic=False, mode=mode)
         low = dtype in (torch.bfloat16, torch.float16)
         self.masters: list[Tensor] = [nn.Parameter(value) for value in initial] if low else self.weights
         self.averages = [master.detach().clone() for master in self.masters]
@@ -41,7 +45,7 @@ class PlainTraining:
         size, losses = len(x) // self.parts, []
         for part in range(self.parts):
             rows = slice(part * size, (part + 1) * size)
-            loss = squared_error(self.model(x[rows], t[rows], label[rows]), target[rows]) / self.parts
+            loss = squared_error(self.predict(x[rows], t[rows], label[rows]), target[rows]) / self.parts
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum(), self._update()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,10 +31,6 @@ class Race:
         self._running: dict[str, Contender] = {}
         self._built: set[str] = set()
         self._end = time.monotonic() + seconds
-        # Contenders that are forked import before they are told where from.
-        paths = [str(BENCHMARKS.parent), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
     @property
     def left(self) -> float:
@@ -86,8 +83,9 @@ class Race:
             self._running.pop(name).close()
 
     def __enter__(self) -> Race:
-        for name, entry in self.entries.items():
-            self._running[name] = Contender(name, entry, self.device)
+        with environment(self.device):
+            for name, entry in self.entries.items():
+                self._running[name] = Contender(name, entry, self.device)
         return self
 
     def __exit__(
@@ -132,3 +130,22 @@ class Race:
     def _skip(self, what: str) -> None:
         self.skipped.append(what)
         print(f"no time: {what}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def environment(device: str) -> Generator[None, None, None]:
+    """What contenders inherit: where to import from, before they are told, and with "cpu" that there is no GPU."""
+    paths = [str(BENCHMARKS.parent), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
+    changes = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "DIFFUSERS_VERBOSITY": "error"}
+    if device == "cpu":
+        changes |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

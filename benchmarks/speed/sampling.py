@@ -14,7 +14,7 @@ import torch
 from claims import WrongResult
 from torch import Tensor, nn
 
-from speed.ours import make_unet_like, program_config
+from speed.ours import program_config
 from speed.reference import PART, exact, linear_alpha_bar
 from speed.sizes import Sizes, make_config, write_dataset
 from speed.turns import Turns
@@ -172,7 +172,7 @@ def sidecar(turns: Turns, *, sizes: Sizes, directory: Path, seed: int) -> None:
 
 def make_unet(sizes: Sizes, directory: Path, seed: int) -> nn.Module:
     """The teacher's U-Net."""
-    return make_unet_like(make_config(sizes, directory, "reference", run={"seed": seed}))
+    return fresh_model(make_config(sizes, directory, "reference", run={"seed": seed})).unet
 
 
 @torch.no_grad()

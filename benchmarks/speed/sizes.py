@@ -47,6 +47,7 @@ class Sizes:
     steps: int  # of a round, at most
     seconds: float  # of a round, about, where a step is slow
     profiled: int
+    autotune: bool = False
 
     @property
     def total_steps(self) -> int:
@@ -96,6 +97,7 @@ def make_config(sizes: Sizes, directory: Path, name: str, **sections: dict[str, 
             "global_batch": sizes.batch,
             "precision": sizes.precision,
             "compile": sizes.compile,
+            "autotune": sizes.autotune,
             "threads": 0 if sizes.name == "gpu" else 1,
         },
         "ema": {"decay": 0.9999},
