@@ -45,7 +45,7 @@ JOBS = {
     "kernels": Job("kernels.py", (), 150, paced=False),
     "train_step": Job("train_step.py", ("--parts", "peers,distillation"), 560),
     "zero": Job("train_step.py", ("--parts", "zero"), 420),
-    "sampler": Job("sampler.py", (), 240),
+    "sampler": Job("sampler.py", (), 300),
     "reader": Job("reader.py", (), 120, paced=False),
 }
 

@@ -2,7 +2,8 @@
 
     python benchmarks/sampler.py [--minutes 9] [--json FILE] [--quick]
 
-The same teacher, batch and precision everywhere. The sampler takes 10 points from each trajectory of 10 DDIM steps, so
+The same teacher, batch and precision everywhere. The sampler runs with replay.compile=true, and on CUDA under CUDA
+graphs; without one or both it is timed beside. It takes 10 points from each trajectory of 10 DDIM steps, so
 it evaluates the network 20 times an image; diffusers' loop does so 10 times. Each contender has a process of its own
 and they take turns (`speed/turns.py`). Without CUDA the sizes are small and times are CPU times.
 """
@@ -28,18 +29,22 @@ from speed.sizes import SIZES, Sizes, make_config
 from speed.turns import Entry
 
 STEPS = 10  # DDIM steps
-ROUND_SECONDS = 6.0
+ROUND_SECONDS = 3.0
+SETTLE = 1  # shards of a round before its time is taken
 EAGER, COMPILED = "diffusers eager", "diffusers compiled channels_last"
-ALONE, WRITING = "sampler, nothing written", "sidecar"
+WRITING, ALONE = "sidecar", "sampler, nothing written"
+SLOWER = {"sampler, not compiled, nothing written": "graphs", "sampler eager, nothing written": "eager"}
 
 
 def roster(sizes: Sizes, directory: Path, seed: int) -> dict[str, Entry]:
     """All contenders by name."""
     common = {"sizes": sizes, "directory": directory, "seed": seed}
-    entries = {WRITING: Entry(sidecar, common), ALONE: Entry(sampling_alone, common)}
+    entries = {WRITING: Entry(sidecar, common), ALONE: Entry(sampling_alone, common | {"how": "compiled"})}
     for name in (COMPILED, EAGER) if sizes.compile else (EAGER,):
         how = {"steps": STEPS, "compiled": name == COMPILED, "channels_last": name == COMPILED}
         entries[name] = Entry(diffusers_sampling, common | how)
+    for name, how in SLOWER.items():
+        entries[name] = Entry(sampling_alone, common | {"how": how})
     return entries
 
 
@@ -67,7 +72,7 @@ def race(report: Report, sizes: Sizes, directory: Path, minutes: float, device: 
     clock = "seconds" if device == "cuda" else "cpu_seconds"
     with Race(entries, device, seconds=60 * minutes, lanes=1) as race:
         here = race.enter(entries, sizes.warm)
-        answers = race.rounds(here, sizes.rounds, sizes.settle, sizes.steps, ROUND_SECONDS)
+        answers = race.rounds(here, sizes.rounds, SETTLE, sizes.steps, ROUND_SECONDS)
         rates = {
             name: [race.facts[name]["evaluations"] * answer["steps"] / answer[clock] for answer in answers[name]]
             for name in here
@@ -104,6 +109,7 @@ def main(argv: Sequence[str]) -> int:
         report.details |= {"sizes": asdict(sizes), "forward_flops": flops}
         if device == "cuda":
             report.details["card"] = measure_card()
+            torch.cuda.empty_cache()
         try:
             ended = race(report, sizes, Path(directory), options.minutes, device)
         except WrongResult as error:

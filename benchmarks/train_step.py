@@ -70,7 +70,7 @@ def roster(setting: Setting) -> dict[str, Entry]:
         entries[name] = Entry(program_training, common | {"mode": mode})
     ranks = setting.ranks
     entries["plain"] = Entry(plain_training, common | {"compiled": compiles}, ranks)
-    for stage in range(4):
+    for stage in range(0 if setting.sizes.precision == "fp32" else 1, 4):  # without ZeRO the program takes fp32 alone
         entries[f"zero-{stage}"] = Entry(engine_training, common | {"stage": stage, "compiled": compiles}, ranks)
     if compiles:
         entries["plain eager"] = Entry(plain_training, common | {"compiled": False}, ranks)
@@ -236,6 +236,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=1, help="gloo ranks of part zero, on the CPU")
     parser.add_argument("--lanes", type=int, default=2, help="contenders that compile at the same time")
     parser.add_argument("--autotune", action="store_true", help="with train.autotune=true; compiles for minutes")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="by default bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the result goes")
     parser.add_argument("--quick", action="store_true", help="tiny sizes on the CPU: whether everything runs")
     options = parser.parse_args(argv)
@@ -253,7 +254,8 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     device = "cuda" if torch.cuda.is_available() and not options.quick and options.ranks == 1 else "cpu"
     sizes = SIZES["quick" if options.quick else {"cuda": "gpu", "cpu": "cpu"}[device]]
-    sizes = replace(sizes, autotune=options.autotune and sizes.compile)
+    precision = options.precision or sizes.precision
+    sizes = replace(sizes, autotune=options.autotune and sizes.compile, precision=precision)
     report = Report(command_line("train_step.py", argv), options.json, device == "cuda")
     with tempfile.TemporaryDirectory(prefix="palimpsest-speed-") as directory:
         setting = Setting(sizes, Path(directory), secrets.randbits(31), device, options.ranks)
@@ -261,6 +263,7 @@ def main(argv: Sequence[str]) -> int:
         report.details["forward_flops"] = forward_flops(make_config(sizes, Path(directory), "flops"))
         if device == "cuda":
             report.details["card"] = measure_card()
+            torch.cuda.empty_cache()
         wanted = {name for part in options.parts for name in PARTS[part]}
         if options.parts != ["zero"]:
             wanted.add("make pools")

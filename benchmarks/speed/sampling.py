@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import json
-import tarfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from claims import WrongResult
-from torch import Tensor, nn
+from torch import nn
 
 from speed.ours import program_config
-from speed.reference import PART, exact, linear_alpha_bar
 from speed.sizes import Sizes, make_config, write_dataset
+from speed.trajectories import check, of_batch, of_shard, stored
 from speed.turns import Turns
-from trainer.config import Config
-from trainer.kernels.philox import normal_reference
-from trainer.models.teacher import read_card, save_teacher
+from trainer.config import Config, Precision
+from trainer.engine import DTYPES
+from trainer.models.teacher import load_teacher, read_card, save_teacher
 from trainer.replay.request import ReplayRequest, make_request, write_request
 from trainer.replay.sidecar import Sampler
 from trainer.replay.state import write_state
@@ -29,8 +23,6 @@ from trainer.replay.told import Told
 from trainer.replay.trajectory import sample_trajectories
 from trainer.run import RunDir
 from trainer.steps import fresh_model, steps_per_task
-
-PATH_ERROR = {"bf16": 5e-2, "fp32": 1e-3}  # of a path's end, relative to the exact one: clipping amplifies rounding
 
 
 def publish_teacher(config: Config, run: RunDir) -> ReplayRequest:
@@ -90,47 +82,46 @@ def fill_pool(run: RunDir, device: torch.device, shards: int) -> None:
     sampler.serve()
 
 
-def stored(shard: Path) -> list[dict[str, Any]]:
-    """The members of each trajectory in a shard's file by extension, read without the program's own reader."""
-    trajectories: dict[str, dict[str, Any]] = {}
-    with tarfile.open(shard) as tar:
-        for member in tar:
-            key, _, extension = member.name.partition(".")
-            file = tar.extractfile(member)
-            assert file is not None, "a shard holds files"
-            data = file.read()
-            value = json.loads(data) if extension == "json" else np.load(io.BytesIO(data), allow_pickle=False)
-            trajectories.setdefault(key, {})[extension] = value
-    return list(trajectories.values())
-
-
-def sampler_config(sizes: Sizes, directory: Path, seed: int, name: str, shards: int) -> Config:
-    """A pool of so many shards, each sampled in one batch."""
+def sampler_config(sizes: Sizes, directory: Path, seed: int, name: str, compiled: bool) -> Config:
+    """A pool larger than what is timed, each of its shards sampled in one batch."""
     uses = sizes.shard_trajectories * 10 // sizes.batch * sizes.batch
     return make_config(
         sizes,
         directory,
         name,
         run={"seed": seed},
-        train={"images_per_task": max(1, shards) * uses},
-        replay={"shard_trajectories": sizes.sampler_batch, "sampler_batch": sizes.sampler_batch, "pool_gb": 1000},
+        train={"images_per_task": 2 * sizes.total_steps * uses},
+        replay={
+            "shard_trajectories": sizes.sampler_batch,
+            "sampler_batch": sizes.sampler_batch,
+            "pool_gb": 1000,
+            "compile": compiled and sizes.compile,
+        },
     )
 
 
-def open_sampler(sizes: Sizes, directory: Path, seed: int, name: str) -> tuple[RunDir, ReplayRequest]:
-    """A run whose trainer asks for a pool larger than what is timed."""
-    config = sampler_config(sizes, directory, seed, name, 2 * sizes.total_steps)
+def open_sampler(
+    sizes: Sizes, directory: Path, seed: int, name: str, compiled: bool = True
+) -> tuple[RunDir, ReplayRequest]:
+    """A run whose trainer asks for a pool."""
+    config = sampler_config(sizes, directory, seed, name, compiled)
     run = RunDir(Path(config.run.dir) / config.run.name)
     request = publish_teacher(config, run)
     announce(run, request)
     return run, request
 
 
-def sampling_alone(turns: Turns, *, sizes: Sizes, directory: Path, seed: int) -> None:
-    """A contender: the trajectories of one shard after another, left on the device."""
-    run, request = open_sampler(sizes, directory, seed, "sampling-alone")
+def sampling_alone(turns: Turns, *, sizes: Sizes, directory: Path, seed: int, how: str) -> None:
+    """A contender: the trajectories of one shard after another, left on the device.
+
+    Args: how: "compiled"; "graphs", which are there on CUDA alone; "eager".
+    """
+    run, request = open_sampler(sizes, directory, seed, f"sampling-{how}", compiled=how == "compiled")
     torch.backends.cudnn.benchmark = False  # as `trainer.replay.sidecar.serve` does
-    model, schedule = open_teacher(run, request, turns.device)
+    if how == "eager":
+        model, schedule, _ = load_teacher(run.teacher(1), turns.device, DTYPES[Precision(request.precision)])
+    else:
+        model, schedule = open_teacher(run, request, turns.device)
     turns.facts["evaluations"] = sizes.sampler_batch * request.evaluations_per_trajectory
     step = 0
     with torch.inference_mode():
@@ -139,9 +130,7 @@ def sampling_alone(turns: Turns, *, sizes: Sizes, directory: Path, seed: int) ->
             indices = np.arange(sizes.sampler_batch, dtype=np.int64) + step * sizes.sampler_batch
             batch = sample_trajectories(model, schedule, request, indices, turns.device)
             if step == 0:
-                seeds, labels = batch.start_seeds[:PART].tolist(), batch.label[:PART].tolist()
-                unet = make_unet(sizes, directory, seed)
-                turns.facts["error"] = check_ends(batch.images[:PART], seeds, labels, unet, request)
+                turns.facts["error"] = check(of_batch(batch), make_unet(sizes, directory, seed), request)
             step += 1
             turns.step_done()
 
@@ -157,10 +146,8 @@ def sidecar(turns: Turns, *, sizes: Sizes, directory: Path, seed: int) -> None:
         nonlocal known
         while sampler.made > known:  # a shard is published
             if known == 0:
-                rows = stored(next(run.replay(2).glob("replay-*.tar")))[:PART]
-                ends = torch.from_numpy(np.stack([row["end.npy"] for row in rows])).to(turns.device)
-                seeds, labels = ([row["json"][name] for row in rows] for name in ("seed", "label"))
-                turns.facts["error"] = check_ends(ends, seeds, labels, make_unet(sizes, directory, seed), request)
+                first = of_shard(next(run.replay(2).glob("replay-*.tar")), turns.device)
+                turns.facts["error"] = check(first, make_unet(sizes, directory, seed), request)
             known += 1
             turns.step_done()
 
@@ -173,36 +160,3 @@ def sidecar(turns: Turns, *, sizes: Sizes, directory: Path, seed: int) -> None:
 def make_unet(sizes: Sizes, directory: Path, seed: int) -> nn.Module:
     """The teacher's U-Net."""
     return fresh_model(make_config(sizes, directory, "reference", run={"seed": seed})).unet
-
-
-@torch.no_grad()
-def check_ends(
-    ends: Tensor, start_seeds: Sequence[int], labels: Sequence[int], unet: nn.Module, request: ReplayRequest
-) -> float:
-    """The relative error of end points (B, C, H, W) against DDIM's equation, exact, from the same noise.
-
-    Raises:
-        WrongResult: more than rounding.
-    """
-    dtype = exact(ends.device)
-    unet = unet.to(ends.device, dtype)
-    start = normal_reference(torch.tensor(start_seeds), request.image_shape).to(ends.device, dtype)
-    grid = [round(step * request.timesteps / request.steps) - 1 for step in range(request.steps, 0, -1)]
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        expected = ddim_end(unet, start, torch.tensor(labels, device=ends.device), grid)
-    error = ((ends.to(dtype) - expected).norm() / expected.norm()).item()
-    if not error <= PATH_ERROR[request.precision]:
-        raise WrongResult(f"DDIM's end points are {error:.2g} off (relative)")
-    return error
-
-
-def ddim_end(unet: nn.Module, x: Tensor, label: Tensor, grid: list[int]) -> Tensor:
-    """x_0 from x_T with eta = 0 and a clipped x_0 (Song et al. 2021, eq. 12), for a model that predicts the noise."""
-    alpha_bar = linear_alpha_bar().to(x.device, x.dtype)
-    for t, after in zip(grid, [*grid[1:], None], strict=True):
-        a, b = alpha_bar[t], torch.ones_like(alpha_bar[0]) if after is None else alpha_bar[after]
-        times = torch.full((len(x),), t, device=x.device)
-        noise: Any = unet(x, times, class_labels=label, return_dict=False)[0]
-        x0 = ((x - (1 - a).sqrt() * noise) / a.sqrt()).clamp(-1, 1)
-        x = b.sqrt() * x0 + (1 - b).sqrt() * noise
-    return x

@@ -11,8 +11,8 @@ from speed.card import forward_flops
 from speed.peers import DiffusersSampling, DiffusersTraining, check_training, make_unet
 from speed.plain import PlainTraining
 from speed.reference import compare, denoising_loss, linear_alpha_bar
-from speed.sampling import ddim_end
 from speed.sizes import SIZES, make_config, random_examples, random_images
+from speed.trajectories import ddim_end
 
 from trainer.config import DiffusionConfig
 from trainer.diffusion.schedules import make_schedule
