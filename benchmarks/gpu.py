@@ -23,10 +23,11 @@ BENCHMARKS = Path(__file__).resolve().parent
 # What the program and its peers import, beside torch's own.
 MODULES = (
     *("torch", "triton", "torchvision", "deepspeed", "diffusers", "transformers", "omegaconf", "safetensors"),
-    *("numpy", "scipy", "PIL", "matplotlib", "rich", "hjson", "cpuinfo", "msgpack", "einops", "psutil", "tqdm", "yaml"),
+    *("numpy", "scipy", "PIL", "rich", "hjson", "cpuinfo", "msgpack", "einops", "psutil", "tqdm", "yaml"),
     *("pydantic", "requests"),
 )
 ENDED_WELL = "ended well"
+ENDINGS = {0: ENDED_WELL, 1: "a claim does not hold, or a part failed", 2: "wrong result, or wrong arguments"}
 SPARE = 20.0  # seconds that a script with --minutes has to end
 LAST_LINES = 6  # of a job that did not end well
 
@@ -84,7 +85,7 @@ def run(name: str, out: Path, seconds: float, extra: Sequence[str] = ()) -> str:
             process.kill()  # the contenders die with it
             process.wait()
             return f"killed after {seconds:.0f} s"
-    return {0: ENDED_WELL, 1: "a claim does not hold, or a part failed", 2: "WRONG RESULT"}.get(code, f"code {code}")
+    return ENDINGS.get(code, f"code {code}")
 
 
 def summary(name: str, ending: str, out: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -39,16 +40,22 @@ class PlainTraining:
         self.averages = [master.detach().clone() for master in self.masters]
         self.optimizer = make_optimizer(cast(list[nn.Parameter], self.masters), config.optimizer)
         self.decay, self.clip_norm = config.ema.decay, config.optimizer.clip_norm
+        self.mark: Callable[[str], None] = lambda section: None  # told what begins
 
     def step(self, x: Tensor, t: Tensor, label: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """One step; its loss, and the gradient's norm before clipping."""
         size, losses = len(x) // self.parts, []
         for part in range(self.parts):
             rows = slice(part * size, (part + 1) * size)
+            self.mark("forward")
             loss = squared_error(self.predict(x[rows], t[rows], label[rows]), target[rows]) / self.parts
+            self.mark("backward")
             loss.backward()
             losses.append(loss.detach())
-        return torch.stack(losses).sum(), self._update()
+        self.mark("optimizer")
+        norm = self._update()
+        self.mark("rest")
+        return torch.stack(losses).sum(), norm
 
     @torch.no_grad()
     def _update(self) -> Tensor:
@@ -93,6 +100,7 @@ def _take_steps(
     own = DTYPES[config.train.precision]  # what the inputs are rounded to, for every contender
     model = fresh_model(config).to(world.device)
     training = PlainTraining(model, config, dtype or own, world, parts)
+    training.mark = turns.marks
     batches = random_examples(sizes, BATCHES, seed, world, own)
     turns.start()
     while True:

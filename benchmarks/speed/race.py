@@ -97,7 +97,7 @@ class Race:
         return [name for name in names if name in self._running]
 
     def _first_steps(self, name: str, steps: int) -> None:
-        sys.stderr.write(f"{name}: is built and warmed up; {self.left:.0f} s left\n")
+        sys.stderr.write(f"{name}: being built, {self.left:.0f} s left\n")
         self.facts[name] = self._running[name].build(self._limit(name))["facts"]
         if not steps:
             return
