@@ -42,9 +42,9 @@ def roster(sizes: Sizes, directory: Path, seed: int) -> dict[str, Entry]:
     entries = {WRITING: Entry(sidecar, common), ALONE: Entry(sampling_alone, common | {"how": "compiled"})}
     for name in (COMPILED, EAGER) if sizes.compile else (EAGER,):
         how = {"steps": STEPS, "compiled": name == COMPILED, "channels_last": name == COMPILED}
-        entries[name] = Entry(diffusers_sampling, common | how)
+        entries[name] = Entry(diffusers_sampling, common | how, eager=name == EAGER)
     for name, how in SLOWER.items():
-        entries[name] = Entry(sampling_alone, common | {"how": how})
+        entries[name] = Entry(sampling_alone, common | {"how": how}, eager=True)
     return entries
 
 
@@ -70,7 +70,7 @@ def race(report: Report, sizes: Sizes, directory: Path, minutes: float, device: 
     seed = secrets.randbits(31)
     entries = roster(sizes, directory, seed)
     clock = "seconds" if device == "cuda" else "cpu_seconds"
-    with Race(entries, device, seconds=60 * minutes, lanes=1) as race:
+    with Race(entries, device, seconds=60 * minutes, lanes=2) as race:
         here = race.enter(entries, sizes.warm)
         answers = race.rounds(here, sizes.rounds, SETTLE, sizes.steps, ROUND_SECONDS)
         rates = {

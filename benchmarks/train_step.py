@@ -65,7 +65,7 @@ def roster(setting: Setting) -> dict[str, Entry]:
     entries = {"make pools": Entry(make_pools, common)}
     for name in (*EAGER, *(COMPILED if compiles else ())):
         how = {"compiled": name in COMPILED, "channels_last": name.endswith("channels_last")}
-        entries[name] = Entry(diffusers_training, common | how)
+        entries[name] = Entry(diffusers_training, common | how, eager=name in EAGER)
     for name, mode in PROGRAM.items():
         entries[name] = Entry(program_training, common | {"mode": mode})
     ranks = setting.ranks
@@ -73,10 +73,10 @@ def roster(setting: Setting) -> dict[str, Entry]:
     for stage in range(0 if setting.sizes.precision == "fp32" else 1, 4):  # without ZeRO the program takes fp32 alone
         entries[f"zero-{stage}"] = Entry(engine_training, common | {"stage": stage, "compiled": compiles}, ranks)
     if compiles:
-        entries["plain eager"] = Entry(plain_training, common | {"compiled": False}, ranks)
-        entries["zero-3 eager"] = Entry(engine_training, common | {"stage": 3, "compiled": False}, ranks)
+        entries["plain eager"] = Entry(plain_training, common | {"compiled": False}, ranks, eager=True)
+        entries["zero-3 eager"] = Entry(engine_training, common | {"stage": 3, "compiled": False}, ranks, eager=True)
     if ranks == 1:
-        entries["reference"] = Entry(reference_training, common)
+        entries["reference"] = Entry(reference_training, common, eager=True)
     return entries
 
 
@@ -92,13 +92,13 @@ def run_part(part: str, race: Race, setting: Setting, report: Report) -> None:
         race.enter(["make pools"], 0)
         race.leave(["make pools"])
     here = race.enter(names, sizes.warm)
+    report.details[part] = {"first_losses": {name: race.warm[name]["losses"] for name in here}}
     errors = check_zero(race, here, sizes) if part == "zero" else check_losses(race, here, sizes)
     racers = [name for name in here if name != "reference"]
     answers = race.rounds(racers, sizes.rounds, sizes.settle, sizes.steps, sizes.seconds)
     profiles = race.profile([name for name in racers if "diffusers" not in name], sizes.profiled)
     found = {name: summary(race, name, answers[name], profiles.get(name, {}), setting) for name in racers}
-    report.details[part] = {"errors": errors, "contenders": found}
-    report.details["failed"], report.details["skipped"] = race.failed, race.skipped
+    report.details[part] |= {"errors": errors, "contenders": found}
     seconds = {name: step_seconds(answers[name], setting) for name in racers}
     report.add(*CLAIMS[part](seconds, answers, setting, report.details))
     report.write()
@@ -120,21 +120,31 @@ def check_zero(race: Race, names: Sequence[str], sizes: Sizes) -> dict[str, Any]
     Raises:
         WrongResult: more than rounding.
     """
-    errors, precision = dict[str, Any](), sizes.precision
-    exact = race.warm.get("reference")
+    exact, wrong, errors = race.warm.get("reference"), list[str](), dict[str, Any]()
     for name in [name for name in names if name != "reference"]:
-        own, error = race.warm[name], dict[str, float]()
-        if exact is not None:
-            error["loss"] = compare(f"{name}: losses", own["losses"], exact["losses"], LOSS_ERROR[precision])
-            norms = own["grad_norms"], exact["grad_norms"]
-            error["grad_norm"] = compare(f"{name}: gradient norms", *norms, NORM_ERROR[precision])
         other = EAGER_STAGES[0] if name in EAGER_STAGES else "zero-1"
-        first = race.warm.get(other)
-        if first is not None:
-            what = f"{name}: losses, beside those of {other}"
-            error["stages"] = compare(what, own["losses"], first["losses"], STAGE_ERROR[precision])
-        errors[name] = error
+        try:
+            errors[name] = errors_of_steps(name, race.warm[name], exact, race.warm.get(other), sizes.precision)
+        except WrongResult as error:
+            wrong.append(str(error))
+    if wrong:
+        raise WrongResult("; ".join(wrong))
     return errors
+
+
+def errors_of_steps(
+    name: str, own: Answer, exact: Answer | None, beside: Answer | None, precision: str
+) -> dict[str, float]:
+    """Of a contender's first steps, against those of the reference and of another stage. Raises WrongResult."""
+    error = dict[str, float]()
+    if exact is not None:
+        error["loss"] = compare(f"{name}: losses", own["losses"], exact["losses"], LOSS_ERROR[precision])
+        norms = own["grad_norms"], exact["grad_norms"]
+        error["grad_norm"] = compare(f"{name}: gradient norms", *norms, NORM_ERROR[precision])
+    if beside is not None:
+        what = f"{name}: losses, beside another stage's"
+        error["stages"] = compare(what, own["losses"], beside["losses"], STAGE_ERROR[precision])
+    return error
 
 
 def step_seconds(answers: Sequence[Answer], setting: Setting) -> list[float]:
@@ -268,17 +278,21 @@ def main(argv: Sequence[str]) -> int:
         if options.parts != ["zero"]:
             wanted.add("make pools")
         entries = {name: entry for name, entry in roster(setting).items() if name in wanted}
-        try:
-            with Race(entries, device, seconds=60 * options.minutes, lanes=options.lanes) as race:
-                for number, part in enumerate(options.parts):
+        wrong = list[str]()
+        with Race(entries, device, seconds=60 * options.minutes, lanes=options.lanes) as race:
+            for number, part in enumerate(options.parts):
+                try:
                     run_part(part, race, setting, report)
-                    later = {name for other in options.parts[number + 1 :] for name in PARTS[other]}
-                    race.leave([name for name in entries if name not in later])
-        except WrongResult as error:
-            fail(error)
+                except WrongResult as error:  # the other parts are of use all the same
+                    wrong.append(str(error))
+                later = {name for other in options.parts[number + 1 :] for name in PARTS[other]}
+                race.leave([name for name in entries if name not in later])
+    report.details |= {"failed": race.failed, "skipped": race.skipped, "wrong": wrong}
     code = report.conclude()
     for what in (*race.failed.values(), *(f"no time for {what}" for what in race.skipped)):
         print(what)
+    if wrong:
+        fail(WrongResult("; ".join(wrong)))
     return BROKEN if race.failed else code
 
 

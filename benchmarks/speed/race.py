@@ -22,7 +22,8 @@ class Race:
     """The contenders that have been started so far. A context manager, which ends them all."""
 
     def __init__(self, entries: Mapping[str, Entry], device: str, *, seconds: float, lanes: int) -> None:
-        """`seconds` until everything is to be over; `lanes` contenders warm up at a time."""
+        """`seconds` until everything is to be over; `lanes` contenders that are compiled warm up at a
+        time."""
         self.entries, self.device, self.lanes = entries, device, lanes
         self.facts: dict[str, dict[str, Any]] = {}
         self.warm: dict[str, Answer] = {}
@@ -46,8 +47,11 @@ class Race:
         names = list(names)
         new = [name for name in names if name in self._running and name not in self._built]
         self._built |= set(new)
-        with ThreadPoolExecutor(self.lanes) as lanes:
-            list(lanes.map(lambda name: self._try(name, lambda: self._first_steps(name, steps)), new))
+        # What compiles takes minutes of the CPU; what does not takes more of the device's memory.
+        for lanes, eager in ((self.lanes, False), (1, True)):
+            group = [name for name in new if self.entries[name].eager is eager]
+            with ThreadPoolExecutor(lanes) as threads:
+                list(threads.map(lambda name: self._try(name, lambda: self._first_steps(name, steps)), group))
         return self._here(names)
 
     def rounds(
@@ -117,7 +121,7 @@ class Race:
         try:
             work()
         except ContenderFailed as failure:
-            self._running.pop(name).close()
+            self._running.pop(name).close(patience=1.0)
             self.failed[name] = str(failure)
             print(failure, file=sys.stderr, flush=True)
 
@@ -137,8 +141,9 @@ def environment(device: str) -> Generator[None, None, None]:
     """What contenders inherit: where to import from, before they are told, and with "cpu" that there is no GPU."""
     paths = [str(BENCHMARKS.parent), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
     changes = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "DIFFUSERS_VERBOSITY": "error"}
+    changes |= {"DS_ACCELERATOR": device}  # DeepSpeed chooses while it is imported
     if device == "cpu":
-        changes |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        changes |= {"CUDA_VISIBLE_DEVICES": ""}
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:

@@ -117,7 +117,7 @@ def sampling_alone(turns: Turns, *, sizes: Sizes, directory: Path, seed: int, ho
     Args: how: "compiled"; "graphs", which are there on CUDA alone; "eager".
     """
     run, request = open_sampler(sizes, directory, seed, f"sampling-{how}", compiled=how == "compiled")
-    torch.backends.cudnn.benchmark = False  # as `trainer.replay.sidecar.serve` does
+    as_a_sidecar()
     if how == "eager":
         model, schedule, _ = load_teacher(run.teacher(1), turns.device, DTYPES[Precision(request.precision)])
     else:
@@ -138,7 +138,7 @@ def sampling_alone(turns: Turns, *, sizes: Sizes, directory: Path, seed: int, ho
 def sidecar(turns: Turns, *, sizes: Sizes, directory: Path, seed: int) -> None:
     """A contender: the sampler as the sidecar runs it, with its shards written to the run directory."""
     run, request = open_sampler(sizes, directory, seed, "sidecar")
-    torch.backends.cudnn.benchmark = False
+    as_a_sidecar()
     turns.facts["evaluations"] = sizes.sampler_batch * request.evaluations_per_trajectory
     known = 0
 
@@ -155,6 +155,12 @@ def sidecar(turns: Turns, *, sizes: Sizes, directory: Path, seed: int) -> None:
     turns.start()
     sampler.serve()
     raise AssertionError("the pool is larger than what is timed")
+
+
+def as_a_sidecar() -> None:
+    """What `trainer.replay.sidecar.serve` sets for its process."""
+    torch.set_num_threads(1)
+    torch.backends.cudnn.benchmark = False
 
 
 def make_unet(sizes: Sizes, directory: Path, seed: int) -> nn.Module:

@@ -58,7 +58,7 @@ class Sizes:
 CHANNELS = (128, 256, 384, 512)
 SIZES = {
     # The U-Net of configs/imagenet100.yaml: 116 M parameters.
-    "gpu": Sizes("gpu", 64, CHANNELS, 3, 64, 32, 100, 128, 4096, "bf16", True, 8, 256, 256, 6, 5, 4, 20, 3.0, 5),
+    "gpu": Sizes("gpu", 64, CHANNELS, 3, 64, 32, 100, 128, 4096, "bf16", True, 8, 256, 256, 6, 5, 4, 20, 2.0, 5),
     "cpu": Sizes("cpu", 16, (32, 64), 1, 16, 8, 10, 16, 512, "fp32", True, 1, 16, 32, 4, 5, 2, 10, 5.0, 3),
     "quick": Sizes("quick", 8, (8, 16), 1, 8, 4, 4, 8, 64, "fp32", False, 1, 8, 16, 3, 2, 1, 3, 5.0, 1),
 }

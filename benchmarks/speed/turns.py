@@ -142,11 +142,15 @@ class Turns:
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender: `build(turns, **arguments)` makes it and takes steps until `Over`; one process for each rank."""
+    """A contender: `build(turns, **arguments)` makes it and takes steps until `Over`; one process for each rank.
+
+    `eager`: nothing of it is compiled.
+    """
 
     build: Callable[..., None]
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     ranks: int = 1
+    eager: bool = False
 
 
 class Contender:
@@ -200,13 +204,13 @@ class Contender:
                 raise ContenderFailed(f"{self.name}: {answers[-1]['error']}")
         return answers[0] if "steps" not in answers[0] else max(answers, key=lambda answer: answer["seconds"])
 
-    def close(self) -> None:
-        """End its processes; those that do not are killed."""
+    def close(self, patience: float = END_SECONDS) -> None:
+        """End its processes; those that have not ended after `patience` seconds are killed."""
         for connection in self._connections:
             with suppress(OSError):
                 connection.send({"do": "end"})
         for process in self._processes:
-            process.join(END_SECONDS)
+            process.join(patience)
             if process.exitcode is None:
                 process.kill()
                 process.join()
