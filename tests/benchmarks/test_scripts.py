@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu
@@ -12,7 +13,7 @@ import pytest
 import sampler
 import train_step
 from catalogue import BENCHMARKS
-from claims import Claim
+from claims import Claim, Report, WrongResult
 from gpu import JOBS, Job, command, summary
 from speed.sizes import SIZES
 
@@ -148,3 +149,31 @@ def test_wrong_arguments_are_one_line(arguments: list[str], capsys: pytest.Captu
         train_step.parse(arguments)
     assert ended.value.code == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_stages_that_differ_are_named_all_at_once() -> None:
+    right = {"losses": [1.0, 1.1, 1.2], "grad_norms": [2.0, 2.0, 2.0]}
+    race: Any = SimpleNamespace(warm=dict.fromkeys(("plain", "zero-1", "zero-2", "zero-3", "reference"), right))
+    names = ["plain", "zero-1", "reference", "zero-2", "zero-3"]
+    errors = train_step.check_zero(race, names, SIZES["quick"])
+    assert errors.keys() == set(names) - {"reference"}
+    race.warm |= {"zero-2": right | {"losses": [1.0, 1.1, 1.21]}, "zero-3": right | {"grad_norms": [2.0, 2.0, 2.1]}}
+    with pytest.raises(WrongResult, match=r"zero-2: losses.*; zero-3: gradient norms"):
+        train_step.check_zero(race, names, SIZES["quick"])
+
+
+def test_a_wrong_part_keeps_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_part(part: str, race: Any, setting: Any, report: Report) -> None:
+        if part == "peers":
+            raise WrongResult("2 where 1 is right")
+        report.add(Claim(part, "ms", 1.0, [0.5]))
+
+    monkeypatch.setattr(train_step, "run_part", run_part)
+    with pytest.raises(SystemExit) as ended:
+        train_step.main(["--quick", "--parts", "peers,zero", "--json", str(tmp_path / "x.json")])
+    assert ended.value.code == 2
+    assert "wrong result: 2 where 1 is right" in capsys.readouterr().err
+    content = read(tmp_path / "x.json")
+    assert [row["claim"] for row in content["rows"]] == ["zero"] and content["wrong"] == ["2 where 1 is right"]
