@@ -1,0 +1,1 @@
+"""Parts of benchmarks/reader.py: making shards, reading them by hand, and the peer."""
