@@ -201,3 +201,28 @@ def test_what_was_opened_keeps_no_list_of_its_samples_members(tmp_path: Path) ->
     data = make(tmp_path, MIXED)
     assert [index.shards for index in data.indexes] == [[]] and data.classes == [0]
     assert FilePool().open_files == 0
+
+
+@pytest.mark.parametrize("extensions", [("npy",), MIXED])
+def test_all_that_a_batch_needs_is_asked_for_before_any_of_it_is_read(
+    tmp_path: Path, extensions: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a cold disk serves it at once, not one image after another."""
+    data, calls = make(tmp_path, extensions), list[tuple[str, int]]()
+
+    def note(name: str, offset: int) -> None:
+        real = getattr(os, name)
+
+        def noted(*arguments: Any) -> Any:
+            calls.append((name, arguments[offset]))
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, noted)
+
+    for name, offset in (("posix_fadvise", 1), ("preadv", 2), ("pread", 2)):
+        note(name, offset)
+    indices = np.array([20, 3, 17, 4, 9])
+    data.read(indices)
+    first = sorted(data.spans[indices, 1].tolist())
+    assert sorted(offset for name, offset in calls[:5] if name == "posix_fadvise") == first
+    assert sorted(offset for name, offset in calls[5:] if name != "posix_fadvise") == first and len(calls) == 10

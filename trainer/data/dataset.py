@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -139,28 +141,37 @@ class TaskData:
         Raises:
             UserError: a damaged sample; the line names shard and key.
         """
-        done = self._read_raw(indices, images)
+        spans = self.spans[indices]
+        self._announce(spans)
+        done = self._read_raw(indices, spans, images)
         for row in np.flatnonzero(~done).tolist():  # encoded images, and raw ones that are not as they should be
             images[row] = self._decode(int(indices[row]))
 
-    def _read_raw(self, indices: NDArray[np.int64], images: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """Read raw images to their places, in the order of files and offsets; which rows (n,) that made whole.
+    def _announce(self, spans: NDArray[np.int64]) -> None:
+        """Say what will be read, so that a cold disk or a network file system serves it all at once."""
+        for file, part in self._by_file(np.arange(len(spans)), spans):
+            # What is wrong with a file is for the read itself to find and name.
+            with suppress(OSError), file.pool.opened(file.path) as descriptor:
+                for _, _, first, size in part:
+                    os.posix_fadvise(descriptor, first, size, os.POSIX_FADV_WILLNEED)
+
+    def _read_raw(
+        self, indices: NDArray[np.int64], spans: NDArray[np.int64], images: NDArray[np.uint8]
+    ) -> NDArray[np.bool_]:
+        """Read raw images to their places; which rows (n,) that made whole.
 
         The headers go to a place of their own and are compared all at once: beside the reads there is no work per byte
         in Python, and each byte is copied once.
         """
         assert images.flags.c_contiguous, "rows are filled as runs of bytes"
         header, pixels = raw_header(self.image_shape), math.prod(self.image_shape)
-        spans = self.spans[indices]
         fit = (self.formats[indices] == IMAGE_EXTENSIONS.index(RAW_EXTENSION)) & (spans[:, 2] == len(header) + pixels)
-        rows = np.flatnonzero(fit)
-        rows = rows[np.lexsort((spans[rows, 1], spans[rows, 0]))]
         headers = np.zeros((len(indices), len(header)), dtype=np.uint8)
         head, body = headers.reshape(-1).data, images.reshape(-1).data
         sizes = np.zeros(len(indices), dtype=np.int64)
-        for file, part in self._by_file(rows, spans):
+        for file, part in self._by_file(np.flatnonzero(fit), spans):
             with suppress(OSError), file.pool.opened(file.path) as descriptor:
-                for row, first in zip(part.tolist(), spans[part, 1].tolist(), strict=True):
+                for row, _, first, _ in part:
                     places = [
                         head[row * len(header) : (row + 1) * len(header)],
                         body[row * pixels : (row + 1) * pixels],
@@ -168,12 +179,14 @@ class TaskData:
                     sizes[row] = os.preadv(descriptor, places, first)
         return fit & (sizes == spans[:, 2]) & (headers == np.frombuffer(header, dtype=np.uint8)).all(axis=1)
 
-    def _by_file(self, rows: NDArray[np.int64], spans: NDArray[np.int64]) -> Iterator[tuple[_File, NDArray[np.int64]]]:
-        """Each file and its part of `rows`, which are sorted by file."""
-        numbers = spans[rows, 0]
-        for part in np.split(rows, np.flatnonzero(np.diff(numbers)) + 1):
-            if len(part):
-                yield self.files[int(spans[part[0], 0])], part
+    def _by_file(
+        self, rows: NDArray[np.int64], spans: NDArray[np.int64]
+    ) -> Iterator[tuple[_File, Iterator[tuple[int, int, int, int]]]]:
+        """Each file, and what is wanted of it in the order of offsets: row, number of the file, first byte, size."""
+        rows = rows[np.lexsort((spans[rows, 1], spans[rows, 0]))]
+        wanted = zip(rows.tolist(), *spans[rows].T.tolist(), strict=True)
+        for number, part in groupby(wanted, key=itemgetter(1)):
+            yield self.files[number], part
 
     def _decode(self, index: int) -> NDArray[np.uint8]:
         """One image (C, H, W). Raises UserError, naming shard and key."""
