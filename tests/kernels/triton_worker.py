@@ -16,7 +16,7 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path.cwd()))
 
-from trainer.kernels import noise_triton as kernels
+from trainer.kernels import noise_triton, philox_triton
 
 
 @triton.jit
@@ -31,6 +31,17 @@ def integers_kernel(seeds: tl.tensor, counters: tl.tensor, out: tl.tensor, COUNT
     tl.store(base + 3 * COUNT, lanes[3].to(tl.int32, bitcast=True))
 
 
+@triton.jit
+def pairs_kernel(u1: tl.tensor, u2: tl.tensor, cosine: tl.tensor, sine: tl.tensor, count: int) -> None:
+    position = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    inside = position < count
+    first, second = philox_triton.to_normal2(
+        tl.load(u1 + position, mask=inside, other=0.5), tl.load(u2 + position, mask=inside, other=0.5)
+    )
+    tl.store(cosine + position, first, mask=inside)
+    tl.store(sine + position, second, mask=inside)
+
+
 def main(directory: Path) -> None:
     with np.load(directory / "in.npz", allow_pickle=False) as arrays:
         inputs = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -39,14 +50,18 @@ def main(directory: Path) -> None:
     for case in json.loads((directory / "cases.json").read_text()):
         images = inputs[case["name"]].to(getattr(torch, case["image_dtype"]))
         flip, dtype = inputs["flip"] if case["flip"] else None, getattr(torch, case["dtype"])
-        x, target = kernels.add_noise(images, *tables, flip=flip, predict_v=case["predict_v"], dtype=dtype)
+        x, target = noise_triton.add_noise(images, *tables, flip=flip, predict_v=case["predict_v"], dtype=dtype)
         results[f"{case['name']}_x"], results[f"{case['name']}_target"] = x.float().numpy(), target.float().numpy()
     for count in (1, 3, 33, 105, 2100):
-        results[f"uniform{count}"] = kernels.uniform(inputs["seeds"], count).numpy()
-        results[f"normal{count}"] = kernels.normal(inputs["seeds"], count).numpy()
+        results[f"uniform{count}"] = philox_triton.uniform(inputs["seeds"], count).numpy()
+        results[f"normal{count}"] = philox_triton.normal(inputs["seeds"], count).numpy()
     counters = torch.cat([torch.arange(32), torch.arange(2**31 - 8, 2**31 + 8), torch.arange(2**40, 2**40 + 16)])
     integers = torch.zeros(len(inputs["seeds"]), 4, len(counters), dtype=torch.int32)
     integers_kernel[(len(inputs["seeds"]),)](inputs["seeds"], counters, integers, COUNT=len(counters))
+    u1, u2 = inputs["u1"], inputs["u2"]
+    cosine, sine = torch.empty_like(u1), torch.empty_like(u2)
+    pairs_kernel[(triton.cdiv(len(u1), 1024),)](u1, u2, cosine, sine, len(u1))
+    results |= {"pair_cosine": cosine.numpy(), "pair_sine": sine.numpy()}
     np.savez(directory / "out.npz", counters=counters.numpy(), integers=integers.numpy(), **results)
 
 

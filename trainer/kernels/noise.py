@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.kernels.philox import normal_reference, triton_kernels
+from trainer.kernels.dispatch import kernels_for
+from trainer.kernels.philox import normal_reference
 
 IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +42,7 @@ def add_noise(
     """
     assert images.dtype in IMAGE_DTYPES and dtype in OUTPUT_DTYPES
     assert images.dim() == 4 and seeds.shape == t.shape == images.shape[:1] and seeds.dtype == t.dtype == torch.int64
-    kernels = triton_kernels() if images.is_cuda else None
+    kernels = kernels_for(images, "noise")
     implementation = add_noise_reference if kernels is None else kernels.add_noise
     return implementation(images, seeds, t, signal, sigma, flip=flip, predict_v=predict_v, dtype=dtype)
 

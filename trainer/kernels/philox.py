@@ -8,15 +8,13 @@ within 1e-6 between devices and bit for bit on one kind of device, whatever else
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from math import prod
-from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from trainer.kernels.dispatch import kernels_for
 
 ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
 KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
@@ -27,14 +25,6 @@ UNIFORM_SCALE = 4.6566127342e-10  # the largest float32 with 2^31 times it below
 TWO_PI = 6.283185307179586
 
 Lanes = list[Tensor]
-
-
-@functools.cache
-def triton_kernels() -> ModuleType | None:
-    """The Triton kernels, or None where Triton is not installed; imported on first use only."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("trainer.kernels.noise_triton")
 
 
 def philox4x32_(counter: Sequence[Tensor], key: Sequence[Tensor]) -> Lanes:
@@ -60,13 +50,13 @@ def philox4x32_(counter: Sequence[Tensor], key: Sequence[Tensor]) -> Lanes:
 
 def uniform(seeds: Tensor, count: int) -> Tensor:
     """Uniform numbers in [0, 1) with 31 random bits; seeds int64 (B,) -> fp32 (B, count)."""
-    kernels = triton_kernels() if seeds.is_cuda else None
+    kernels = kernels_for(seeds, "philox")
     return uniform_reference(seeds, count) if kernels is None else kernels.uniform(seeds, count)
 
 
 def normal(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers; seeds int64 (B,) -> fp32 (B, *shape)."""
-    kernels = triton_kernels() if seeds.is_cuda else None
+    kernels = kernels_for(seeds, "philox")
     if kernels is None:
         return normal_reference(seeds, shape)
     return kernels.normal(seeds, prod(shape)).view(-1, *shape)
