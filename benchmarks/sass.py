@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trainer.kernels import noise_triton
+from trainer.kernels import ddim_triton, noise_triton
 from trainer.kernels.launch import cut
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -71,8 +71,34 @@ def noise_case(image: str = "u8", output: str = "bf16", *, count: int = 3 * 64 *
     )
 
 
+def ddim_case(prediction: str = "bf16", *, count: int = 3 * 64 * 64, guidance: float = 1.0, **options: bool) -> Case:
+    """`noise`, `with_x0` and `predict_v` as asked for."""
+    quarter = (count + 3) // 4
+    blocks = cut(quarter, torch.float32)
+    constants = {name.upper(): options.get(name, False) for name in ("predict_v", "noise", "with_x0")}
+    constants |= {"CLIP": True, "GUIDANCE": guidance, "EVEN": blocks.even and count % 4 == 0}
+    guided = ["guided"] if guidance != 1.0 else []
+    return Case(
+        name=" ".join([f"ddim of {count}", prediction, *guided, *(name for name, on in options.items() if on)]),
+        kernel=ddim_triton._ddim_kernel,
+        pointers={"states": "fp32", "predictions": prediction, "null_predictions": prediction, "coefficients": "fp32"}
+        | {"seeds": "i64", "x_next": "fp32", "x0_out": "fp32"},
+        integers=("batch", "count", "quarter"),
+        constants=constants | {"BLOCKS": blocks.count, "BLOCK": blocks.size},
+        elements=4 * blocks.size,
+        num_warps=blocks.num_warps,
+        divisible=count % 64 == 0,
+    )
+
+
 CASES = [noise_case(), noise_case(output="fp32"), noise_case(flip=True), noise_case("fp16", predict_v=True)]
-RAGGED = [noise_case(count=105), noise_case("fp32", "fp32", count=1, flip=True), noise_case("bf16", "fp16", count=4098)]
+CASES += [ddim_case(), ddim_case(guidance=2.0), ddim_case(noise=True), ddim_case("fp32", guidance=2.0, with_x0=True)]
+RAGGED = [ddim_case(count=105, noise=True, predict_v=True), ddim_case("fp16", count=1, guidance=2.0, with_x0=True)]
+RAGGED += [
+    noise_case(count=105),
+    noise_case("fp32", "fp32", count=1, flip=True),
+    noise_case("bf16", "fp16", count=4098),
+]
 
 
 def build(case: Case) -> Any:

@@ -86,7 +86,7 @@ def test_paths_against_diffusers(kind: Schedule, prediction: Prediction, eta: fl
     scheduler.set_timesteps(steps)
     seeds, label = torch.tensor([5, -6, 7]), torch.tensor([0, 1, 2])
     grid = timestep_grid(1000, steps)
-    path = list(ddim(_predict, schedule, _start(), label, grid, eta=eta, clip=clip, noise_seeds=seeds))
+    path = list(ddim(_predict, schedule, _start(), label, grid, eta=eta, clip=clip, noise_seeds=seeds, with_x0=clip))
     assert len(path) == steps and torch.equal(path[0].x, _start())
     x = _start().double()
     for i, (step, t) in enumerate(zip(path, scheduler.timesteps, strict=True)):
@@ -98,7 +98,8 @@ def test_paths_against_diffusers(kind: Schedule, prediction: Prediction, eta: fl
         assert int(step.t[0]) == int(t)
         torch.testing.assert_close(step.prediction.double(), prediction_here, rtol=0, atol=1e-5 * scale)
         torch.testing.assert_close(step.x_next.double(), result.prev_sample, rtol=0, atol=1e-5 * scale)
-        if clip:
+        assert (step.x0 is not None) == clip
+        if step.x0 is not None:
             assert float(step.x0.abs().max()) <= 1.0
         x = result.prev_sample
         if i + 1 < steps:
@@ -126,6 +127,40 @@ def test_grids_of_their_own(eta: float) -> None:
             assert int(a.t[i]) == int(b.t[0]) and torch.equal(a.x_next[one], b.x_next)
 
 
+@pytest.mark.parametrize("prediction", list(Prediction))
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 3.0])
+def test_guided_paths_against_diffusers(prediction: Prediction, guidance: float) -> None:
+    """Their step from (1 - s) p_null + s p_label; what a step hands out is the prediction with its label, unguided."""
+    schedule = make_schedule(DiffusionConfig(prediction=prediction))
+    scheduler = DDIMScheduler(1000, prediction_type=PREDICTIONS[prediction], timestep_spacing="trailing")
+    scheduler.alphas_cumprod = _alpha_bar(Schedule.linear)
+    scheduler.set_timesteps(10)
+    label, asked = torch.tensor([0, 1, 2]), []
+
+    def predict(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        asked.append(label)
+        return _predict(x, t, label)
+
+    grid = timestep_grid(1000, 10)
+    path = list(ddim(predict, schedule, _start(), label, grid, guidance=guidance, null_label=9))
+    assert len(asked) == 20 and all(torch.equal(null, torch.full((3,), 9)) for null in asked[1::2])
+    x = _start().double()
+    for step, t in zip(path, scheduler.timesteps, strict=True):
+        with_label, without = (_predict(x, t.expand(3), classes) for classes in (label, torch.full((3,), 9)))
+        guided = without + guidance * (with_label - without)
+        x = scheduler.step(guided, int(t), x).prev_sample
+        torch.testing.assert_close(step.prediction.double(), with_label, rtol=0, atol=1e-5)
+        torch.testing.assert_close(step.x_next.double(), x, rtol=0, atol=3e-5)
+
+
+def test_guidance_of_one_asks_for_nothing_more() -> None:
+    """Neither a second evaluation nor a label that stands for none; the path is the plain one to the bit."""
+    schedule, label, grid = make_schedule(DiffusionConfig()), torch.tensor([0, 1, 2]), timestep_grid(1000, 5)
+    plain = list(ddim(_predict, schedule, _start(), label, grid))
+    guided = list(ddim(_predict, schedule, _start(), label, grid, guidance=1.0, null_label=9))
+    assert all(torch.equal(a.x_next, b.x_next) for a, b in zip(plain, guided, strict=True))
+
+
 def _gaussian_predict(schedule: NoiseSchedule, mean: float, spread: float) -> Predict:
     """The optimal prediction where x_0 ~ N(mean, spread^2): E[eps | x_t], linear in x_t (and v from it)."""
     signal, sigma = schedule.signal.double(), schedule.sigma.double()
@@ -133,7 +168,7 @@ def _gaussian_predict(schedule: NoiseSchedule, mean: float, spread: float) -> Pr
     def predict(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         s, g = signal[t][:, None, None, None], sigma[t][:, None, None, None]
         noise = g * (x - s * mean) / (s.square() * spread**2 + g.square())
-        return noise if schedule.prediction is Prediction.epsilon else (noise - g * x) / s
+        return (noise if schedule.prediction is Prediction.epsilon else (noise - g * x) / s).float()
 
     return predict
 

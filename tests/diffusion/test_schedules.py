@@ -8,9 +8,11 @@ import torch
 from diffusers import DDPMScheduler
 
 from trainer.config import DiffusionConfig, Prediction, Schedule
-from trainer.diffusion.parameterisation import target, x0_and_noise
 from trainer.diffusion.schedules import make_schedule
 from trainer.errors import ConfigError
+from trainer.kernels.ddim import x0_and_noise
+from trainer.kernels.noise import add_noise
+from trainer.kernels.philox import normal
 
 NAMES = {Schedule.linear: "linear", Schedule.cosine: "squaredcos_cap_v2"}
 
@@ -63,17 +65,18 @@ def test_impossible_schedules_are_refused(config: DiffusionConfig, key: str) -> 
 @pytest.mark.parametrize("prediction", list(Prediction))
 @pytest.mark.parametrize("kind", list(Schedule))
 def test_parameterisations(prediction: Prediction, kind: Schedule) -> None:
-    """The target is diffusers' own, and x_0 and eps come back out of it."""
+    """x_t and the target are diffusers' own, and x_0 and eps come back out of them."""
     schedule = make_schedule(DiffusionConfig(schedule=kind, prediction=prediction))
     reference = DDPMScheduler(1000, beta_schedule=NAMES[kind])
-    generator = torch.Generator().manual_seed(0)
-    x0, noise = torch.randn(2, 5, 3, 4, 4, generator=generator)
-    t = torch.tensor([0, 10, 300, 600, 900])
-    expected = noise if prediction is Prediction.epsilon else reference.get_velocity(x0, noise, t)
-    found = target(schedule, x0, noise, t)
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-    x_t = schedule.signal[t][:, None, None, None] * x0 + schedule.sigma[t][:, None, None, None] * noise
+    x0 = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    t, seeds = torch.tensor([0, 10, 300, 600, 900]), torch.arange(5)
+    noise, predict_v = normal(seeds, (3, 4, 4)), prediction is Prediction.v
+    tables = {"signal": schedule.signal, "sigma": schedule.sigma}
+    x_t, target = add_noise(x0, seeds, t, **tables, flip=None, predict_v=predict_v, dtype=torch.float32)
+    expected = reference.get_velocity(x0, noise, t) if predict_v else noise
+    torch.testing.assert_close(target, expected, rtol=0, atol=2e-5)
     torch.testing.assert_close(x_t, reference.add_noise(x0, noise, t), rtol=0, atol=2e-5)
-    x0_back, noise_back = x0_and_noise(schedule, x_t, found, t)
+    here = {name: table[t][:, None, None, None] for name, table in tables.items()}
+    x0_back, noise_back = x0_and_noise(x_t, target, **here, predict_v=predict_v)
     torch.testing.assert_close(x0_back, x0, rtol=0, atol=1e-4)
     torch.testing.assert_close(noise_back, noise, rtol=0, atol=1e-5)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.interpreter import interpret
 from trainer.kernels.noise import add_noise, normalise
 from trainer.kernels.philox import normal, philox4x32_, uniform
 
@@ -122,21 +118,11 @@ def test_input_is_left_alone() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """What the kernels give in the interpreter, which Triton must find switched on when it is first imported."""
+    """What the kernels give in the interpreter."""
     pytest.importorskip("triton")
-    directory = tmp_path_factory.mktemp("triton")
-    inputs = {case["name"]: _images(case).float().numpy() for case in CASES}
-    inputs |= {"u1": PAIRS[0], "u2": PAIRS[1]}
-    np.savez(directory / "in.npz", seeds=SEEDS, t=T, flip=FLIP, signal=SIGNAL, sigma=SIGMA, **inputs)
-    (directory / "cases.json").write_text(json.dumps(CASES))
-    worker = Path(__file__).with_name("triton_worker.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, str(worker), str(directory)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    with np.load(directory / "out.npz", allow_pickle=False) as results:
-        return dict(results)
+    inputs = {case["name"]: _images(case).float() for case in CASES} | {"u1": PAIRS[0], "u2": PAIRS[1]}
+    inputs |= {"seeds": SEEDS, "t": T, "flip": FLIP, "signal": SIGNAL, "sigma": SIGMA}
+    return interpret("noise", tmp_path_factory.mktemp("triton"), CASES, inputs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=_id)

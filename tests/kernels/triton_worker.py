@@ -1,6 +1,6 @@
-"""Runs the Triton kernels on the cases of test_noise.py; started by it with TRITON_INTERPRET=1.
+"""Runs Triton kernels on the cases of a test; started by `interpreter.interpret` with TRITON_INTERPRET=1.
 
-Reads in.npz and cases.json from the directory given, writes out.npz (floating results as float32).
+Reads in.npz and cases.json from the directory given, writes out.npz (16-bit results as float32).
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path.cwd()))
 
-from trainer.kernels import noise_triton, philox_triton
+from trainer.kernels import ddim_triton, noise_triton, philox_triton
+
+Arrays = dict[str, torch.Tensor]
 
 
 @triton.jit
@@ -42,28 +45,59 @@ def pairs_kernel(u1: tl.tensor, u2: tl.tensor, cosine: tl.tensor, sine: tl.tenso
     tl.store(sine + position, second, mask=inside)
 
 
-def main(directory: Path) -> None:
-    with np.load(directory / "in.npz", allow_pickle=False) as arrays:
-        inputs = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    results: dict[str, np.ndarray] = {}
+def noise(cases: list[dict[str, Any]], inputs: Arrays) -> Arrays:
+    results: Arrays = {}
     tables = [inputs[name] for name in ("seeds", "t", "signal", "sigma")]
-    for case in json.loads((directory / "cases.json").read_text()):
+    for case in cases:
         images = inputs[case["name"]].to(getattr(torch, case["image_dtype"]))
         flip, dtype = inputs["flip"] if case["flip"] else None, getattr(torch, case["dtype"])
         x, target = noise_triton.add_noise(images, *tables, flip=flip, predict_v=case["predict_v"], dtype=dtype)
-        results[f"{case['name']}_x"], results[f"{case['name']}_target"] = x.float().numpy(), target.float().numpy()
+        results |= {f"{case['name']}_x": x, f"{case['name']}_target": target}
+    seeds = inputs["seeds"]
     for count in (1, 3, 33, 105, 2100):
-        results[f"uniform{count}"] = philox_triton.uniform(inputs["seeds"], count).numpy()
-        results[f"normal{count}"] = philox_triton.normal(inputs["seeds"], count).numpy()
+        results[f"uniform{count}"] = philox_triton.uniform(seeds, count)
+        results[f"normal{count}"] = philox_triton.normal(seeds, count)
     counters = torch.cat([torch.arange(32), torch.arange(2**31 - 8, 2**31 + 8), torch.arange(2**40, 2**40 + 16)])
-    integers = torch.zeros(len(inputs["seeds"]), 4, len(counters), dtype=torch.int32)
-    integers_kernel[(len(inputs["seeds"]),)](inputs["seeds"], counters, integers, COUNT=len(counters))
+    integers = torch.zeros(len(seeds), 4, len(counters), dtype=torch.int32)
+    integers_kernel[(len(seeds),)](seeds, counters, integers, COUNT=len(counters))
     u1, u2 = inputs["u1"], inputs["u2"]
     cosine, sine = torch.empty_like(u1), torch.empty_like(u2)
     pairs_kernel[(triton.cdiv(len(u1), 1024),)](u1, u2, cosine, sine, len(u1))
-    results |= {"pair_cosine": cosine.numpy(), "pair_sine": sine.numpy()}
-    np.savez(directory / "out.npz", counters=counters.numpy(), integers=integers.numpy(), **results)
+    return results | {"counters": counters, "integers": integers, "pair_cosine": cosine, "pair_sine": sine}
+
+
+def ddim(cases: list[dict[str, Any]], inputs: Arrays) -> Arrays:
+    results: Arrays = {}
+    for case in cases:
+        x, prediction, null, coefficients = (
+            inputs[f"{case['name']}_{kind}"] for kind in ("x", "prediction", "null", "coefficients")
+        )
+        dtype = getattr(torch, case["dtype"])
+        x_next, x0 = ddim_triton.ddim_update(
+            x,
+            prediction.to(dtype),
+            coefficients,
+            predict_v=case["predict_v"],
+            clip=case["clip"],
+            null_prediction=null.to(dtype) if case["guidance"] != 1.0 else None,
+            guidance=case["guidance"],
+            seeds=inputs["seeds"] if case["noisy"] else None,
+            with_x0=case["with_x0"],
+        )
+        results[f"{case['name']}_x_next"] = x_next
+        if x0 is not None:
+            results[f"{case['name']}_x0"] = x0
+    return results
+
+
+def main(name: str, directory: Path) -> None:
+    with np.load(directory / "in.npz", allow_pickle=False) as arrays:
+        inputs = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    results = {"noise": noise, "ddim": ddim}[name](json.loads((directory / "cases.json").read_text()), inputs)
+    halves = (torch.float16, torch.bfloat16)
+    plain = {key: value.float() if value.dtype in halves else value for key, value in results.items()}
+    np.savez(directory / "out.npz", **{key: value.numpy() for key, value in plain.items()})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,1 +1,1 @@
-"""Schedules, parameterisations and samplers: pure functions on tensors."""
+"""Schedules and samplers: pure functions on tensors."""
