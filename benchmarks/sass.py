@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trainer.kernels import ddim_triton, noise_triton
+from trainer.kernels import ddim_triton, loss_triton, noise_triton, philox_triton
 from trainer.kernels.launch import cut
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -91,8 +91,58 @@ def ddim_case(prediction: str = "bf16", *, count: int = 3 * 64 * 64, guidance: f
     )
 
 
+def loss_case(kind: str = "bf16", *, count: int = 3 * 64 * 64, per_sample: bool = False) -> Case:
+    """Loss and gradient of predictions and targets of one type."""
+    blocks = cut(count, TYPES[kind])
+    constants = {"PER_SAMPLE": per_sample, "GRADIENT": True, "EVEN": blocks.even, "PROGRAMS": blocks.count}
+    return Case(
+        name=" ".join([f"loss of {count}", kind, *(["per_sample"] if per_sample else [])]),
+        kernel=loss_triton._loss_kernel,
+        pointers={"predictions": kind, "first_targets": kind, "second_targets": kind, "weights": "fp32"}
+        | {"gradients": kind, "sums": "fp32"},
+        integers=("first_rows", "count"),
+        constants=constants | {"REPEATS": 1, "BLOCK": blocks.size},
+        elements=blocks.size,
+        num_warps=blocks.num_warps,
+        scalars=dict.fromkeys(("first_factor", "second_factor"), "fp32"),
+        divisible=count % 64 == 0,
+    )
+
+
+def sum_case(per_sample: bool) -> Case:
+    """The second stage of the loss."""
+    names = ("first_weight", "second_weight", "first_scale", "second_scale")
+    return Case(
+        name="sum" + " per_sample" * per_sample,
+        kernel=loss_triton._sum_kernel,
+        pointers=dict.fromkeys(("sums", "weights", "loss", "means"), "fp32"),
+        integers=("first_sums", "sum_count"),
+        constants={"PER_SAMPLE": per_sample, "PARTS": 2, "PROGRAMS": 12, "BLOCK": loss_triton.SUM_BLOCK},
+        elements=loss_triton.SUM_BLOCK,
+        num_warps=4,
+        scalars=dict.fromkeys(names, "fp32"),
+    )
+
+
+def scale_case(kind: str) -> Case:
+    """What comes after the loss in its gradient."""
+    block = loss_triton.SCALE_BLOCK
+    pointers, constants = {"values": kind, "scale": "fp32"}, {"BLOCK": block}
+    return Case(f"scale {kind}", loss_triton._scale_kernel, pointers, ("count",), constants, block, 4)
+
+
+def fill_case(normal: bool) -> Case:
+    """Plain random numbers."""
+    kernel, block = philox_triton._fill_kernel, philox_triton.MAX_BLOCK
+    constants = {"NORMAL": normal, "BLOCK": block}
+    name = "normal" if normal else "uniform"
+    return Case(name, kernel, {"seeds": "i64", "out": "fp32"}, ("count", "quarter"), constants, 4 * block, 4)
+
+
 CASES = [noise_case(), noise_case(output="fp32"), noise_case(flip=True), noise_case("fp16", predict_v=True)]
 CASES += [ddim_case(), ddim_case(guidance=2.0), ddim_case(noise=True), ddim_case("fp32", guidance=2.0, with_x0=True)]
+SUMS = [loss_case(), loss_case("fp32", per_sample=True), sum_case(False), sum_case(True)]
+SUMS += [loss_case(count=105), scale_case("bf16"), fill_case(True), fill_case(False)]
 RAGGED = [ddim_case(count=105, noise=True, predict_v=True), ddim_case("fp16", count=1, guidance=2.0, with_x0=True)]
 RAGGED += [
     noise_case(count=105),
@@ -145,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, default=None, help="file for the counts")
     arguments = parser.parse_args()
-    rows = [count(case) for case in CASES]
+    rows = [count(case) for case in CASES + SUMS]
     for row in rows:
         print(
             f"{row['kernel']:32} {row['per_element']:6.1f} instructions per element   {row['registers']:3} registers   "

@@ -26,8 +26,8 @@ def test_wide_and_without_detours(case: Any) -> None:
     assert set(found["stores"]) == {"STG.E.128"}
 
 
-@pytest.mark.parametrize("case", sass.RAGGED, ids=lambda case: case.name)
-def test_ragged_sizes(case: Any) -> None:
+@pytest.mark.parametrize("case", sass.SUMS + sass.RAGGED, ids=lambda case: case.name)
+def test_sums_and_ragged_sizes(case: Any) -> None:
     assert sass.count(case)["stack"] == 0
 
 

@@ -17,7 +17,8 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path.cwd()))
 
-from trainer.kernels import ddim_triton, noise_triton, philox_triton
+from trainer.kernels import ddim_triton, loss_triton, noise_triton, philox_triton
+from trainer.kernels.launch import cut
 
 Arrays = dict[str, torch.Tensor]
 
@@ -90,10 +91,30 @@ def ddim(cases: list[dict[str, Any]], inputs: Arrays) -> Arrays:
     return results
 
 
+def loss(cases: list[dict[str, Any]], inputs: Arrays) -> Arrays:
+    results: Arrays = {}
+    for case in cases:
+        name, dtypes = case["name"], case["dtypes"]
+        prediction = inputs[f"{name}_prediction"].to(getattr(torch, dtypes[0]))
+        targets = inputs[f"{name}_target"].to(getattr(torch, dtypes[1])).split(case["rows"])
+        weights = inputs[f"{name}_weights"] if case["per_sample"] else case["weights"]
+        blocks = cut(prediction[0].numel(), prediction.dtype, case["block"])
+        gradient = bool(case["with_gradient"])
+        found = loss_triton.weighted_squared_error(prediction, targets, weights, with_gradient=gradient, blocks=blocks)
+        results |= {f"{name}_loss": found[0], f"{name}_means": found[1]}
+        if found[2] is not None:
+            results[f"{name}_gradient"] = found[2]
+    for scale in (1.0, 0.25):
+        results[f"scaled{scale}"] = loss_triton.scale_(inputs["unscaled"].clone(), torch.tensor(scale))
+    return results
+
+
 def main(name: str, directory: Path) -> None:
     with np.load(directory / "in.npz", allow_pickle=False) as arrays:
         inputs = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-    results = {"noise": noise, "ddim": ddim}[name](json.loads((directory / "cases.json").read_text()), inputs)
+    results = {"noise": noise, "ddim": ddim, "loss": loss}[name](
+        json.loads((directory / "cases.json").read_text()), inputs
+    )
     halves = (torch.float16, torch.bfloat16)
     plain = {key: value.float() if value.dtype in halves else value for key, value in results.items()}
     np.savez(directory / "out.npz", **{key: value.numpy() for key, value in plain.items()})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batch import Examples
+from trainer.kernels.loss import weighted_squared_error
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_BCHW, t_B, label_B) -> prediction_BCHW
 Terms = dict[str, Tensor]  # scalars on the device; "loss" is the one to minimise
@@ -35,15 +36,11 @@ class Method(Protocol):
         ...
 
 
-def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error in fp32, a scalar (Ho et al. 2020, L_simple)."""
-    return (prediction.float() - target.float()).square().mean()
-
-
-def current_loss(predict: Predict, current: Examples) -> Terms:
-    """The denoising loss on real images alone."""
-    loss = squared_error(predict(current.x, current.t, current.label), current.target)
-    return {"loss": loss, "current": loss.detach()}
+def current_loss(predict: Predict, current: Examples, weight: float = 1.0) -> Terms:
+    """`weight` times the denoising loss (Ho et al. 2020, L_simple) on real images alone."""
+    prediction = predict(current.x, current.t, current.label)
+    loss, means = weighted_squared_error(prediction, [current.target], [weight])
+    return {"loss": loss, "current": means[0]}
 
 
 def mixed_loss(predict: Predict, current: Examples, replay: Examples, weights: tuple[float, float]) -> Terms:
@@ -53,10 +50,8 @@ def mixed_loss(predict: Predict, current: Examples, replay: Examples, weights: t
         torch.cat([current.t, replay.t]),
         torch.cat([current.label, replay.label]),
     )
-    on_current = squared_error(prediction[: len(current)], current.target)
-    on_replay = squared_error(prediction[len(current) :], replay.target)
-    loss = weights[0] * on_current + weights[1] * on_replay
-    return {"loss": loss, "current": on_current.detach(), "replay": on_replay.detach()}
+    loss, means = weighted_squared_error(prediction, [current.target, replay.target], weights)
+    return {"loss": loss, "current": means[0], "replay": means[1]}
 
 
 def share_weighted_loss(
@@ -69,6 +64,5 @@ def share_weighted_loss(
     if task == 1:
         return current_loss(predict, current)
     if replay is None:
-        terms = current_loss(predict, current)
-        return {**terms, "loss": terms["loss"] / task}
+        return current_loss(predict, current, 1 / task)
     return mixed_loss(predict, current, replay, (1 / task, (1 - 1 / task) * distillation_weight))
