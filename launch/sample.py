@@ -23,6 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--classes", type=class_ids, default=(), metavar="0,1,...", help="default: all classes learnt")
     parser.add_argument("--count", type=positive, default=64, help="number of images, the classes in turn")
     parser.add_argument("--steps", type=positive, default=50, help="DDIM steps")
+    parser.add_argument("--guidance", type=float, default=1.0, help="by the class; 1: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     paths = sample(Request(**vars(parser.parse_args(argv))))

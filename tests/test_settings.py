@@ -73,6 +73,10 @@ def test_config_is_also_looked_for_in_configs() -> None:
         ("optimizer.lr=0", "optimizer.lr=0"),
         ("ema.decay=1.0", "ema.decay=1.0"),
         ("replay.steps=2000", "replay.steps=2000"),
+        ("replay.guidance=2", "replay.guidance=2.0: needs model.conditional=true and model.label_dropout above 0"),
+        ("evaluation.guidance=0.5", "evaluation.guidance=0.5: needs .* model.label_dropout"),
+        ("evaluation.guidance=-1", "evaluation.guidance=-1.0: must not be negative"),
+        ("model.label_dropout=1", "model.label_dropout=1.0"),
         ("model.max_classes=5", "model.max_classes=5"),
         ("train.images_per_task=3", "train.images_per_task=3"),
     ],
@@ -91,6 +95,8 @@ def test_refused_in_one_line(override: str, message: str) -> None:
         ["replay.placement=inline", "replay.points=trajectory"],
         ["replay.points=trajectory", "replay.steps=4", "replay.points_per_trajectory=5"],
         ["replay.placement=inline", "replay.reuse=2"],
+        ["model.conditional=false", "model.label_dropout=0.1"],
+        ["model.conditional=false", "model.label_dropout=0.1", "replay.guidance=2"],
     ],
 )
 def test_impossible_combinations(overrides: list[str]) -> None:

@@ -136,6 +136,7 @@ class ModelConfig:
     norm_groups: int = 8
     dropout: float = 0.0
     conditional: bool = True
+    label_dropout: float = 0.0  # share of training labels replaced by one that stands for no class; guidance needs it
     max_classes: int = 0  # rows of the label embedding; 0: data.classes. Leave room for classes to come
 
 
@@ -199,6 +200,7 @@ class ReplayConfig:
     points: Points = Points.renoised
     steps: int = 10  # DDIM steps N of a trajectory
     eta: float = 0.0
+    guidance: float = 1.0  # of the paths by the class (Ho and Salimans 2022), by two evaluations a step; 1: off
     clip_sample: bool = True  # clip the predicted x_0 to [-1, 1] while sampling
     points_per_trajectory: int = 10  # inline makes one: each of its points has a trajectory of its own
     reuse: int = 1  # times each stored point may be used
@@ -230,6 +232,7 @@ class EvaluationConfig:
     samples: int = 2000  # generated images per evaluation, over all seen classes
     steps: int = 10  # DDIM steps
     eta: float = 0.0
+    guidance: float = 1.0  # as replay.guidance
     batch: int = 500
     grid_per_class: int = 8
 
@@ -272,8 +275,13 @@ class Config:
 
     @property
     def max_classes(self) -> int:
-        """Rows of the label embedding; 0 for an unconditional model, which has none."""
+        """Class ids that the model has room for; 0 for an unconditional model, which has none."""
         return (self.model.max_classes or self.data.classes) if self.model.conditional else 0
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for no class, after all classes; None where the model does not learn it."""
+        return self.max_classes if self.model.conditional and self.model.label_dropout > 0 else None
 
     def classes_until(self, task: int) -> list[int]:
         """Class ids of tasks 1 to `task`, in the order of learning."""

@@ -68,7 +68,7 @@ class Judge:
         """Measures of the model learnt up to `task`, kept nowhere; on the main rank of a world of one."""
         assert self._evaluator is not None and self.world.size == 1, "one process alone"
         images, asked = self._sample(task)
-        return self._evaluator.evaluate(images, asked, task) | {"task": task}
+        return self._evaluator.evaluate(images, asked, task) | self._origin(task)
 
     def finish(self, account: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Judge again what another evaluator judged, then write metrics.json and the pictures over all tasks.
@@ -118,10 +118,16 @@ class Judge:
     def _measure(self, task: int, images: NDArray[np.uint8], asked: NDArray[np.int64] | None) -> None:
         assert self._evaluator is not None, "on the main rank"
         with self._interrupting():
-            row = self._evaluator.evaluate(images, asked, task) | {"task": task}
+            row = self._evaluator.evaluate(images, asked, task) | self._origin(task)
         self._picture(task, images, asked, self._evaluator)
         write_json(self.run.evaluation(task), row)
         self._tell(task, row)
+
+    def _origin(self, task: int) -> dict[str, Any]:
+        """What a row's samples come from."""
+        settings = self.config.evaluation
+        sampler = {"steps": settings.steps, "eta": settings.eta, "guidance": settings.guidance}
+        return {"task": task, "sampler": sampler}
 
     def _row(self, task: int) -> dict[str, Any] | None:
         """The measures after a task, where they were taken."""
@@ -148,6 +154,7 @@ class Judge:
             shape=(config.data.channels, config.data.image_size, config.data.image_size),
             steps=config.evaluation.steps,
             eta=config.evaluation.eta,
+            guidance=config.evaluation.guidance,
             batch=config.evaluation.batch,
         )
         rank, size = self.world.rank, self.world.size

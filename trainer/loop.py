@@ -14,6 +14,7 @@ import torch
 from trainer.config import Config, Placement, Verify
 from trainer.data.buffer import open_buffers, save_buffer
 from trainer.data.dataset import TaskData
+from trainer.data.label_dropout import LabelDropout
 from trainer.data.prepare import Preparer
 from trainer.data.shards import INDEX_NAME
 from trainer.data.stream import HostBatch, RealStream
@@ -62,6 +63,7 @@ class Trainer:
         self.checkpoint_steps = checkpoint_interval(config)
         self.method = build_method(config.method)
         self.schedule = make_schedule(config.diffusion).to(world.device)
+        self.label_dropout = LabelDropout.of(config)
         self.engine = Engine(fresh_model(config), config, world)
         self.pulse = Pulse(world, stop.wanted, self._publish_checkpoints)
         self.position = Position()
@@ -169,6 +171,9 @@ class Trainer:
         self._seed_dropout(task, step)
         current = self.prepare(batch)
         rehearsed = replay.points(step) if replay is not None else None
+        if rehearsed is not None and self.label_dropout is not None and self.config.needs_teacher:
+            first = step * self.config.replay_batch + self.world.rank * len(rehearsed)
+            rehearsed = self.label_dropout.of_positions(rehearsed, task, first)
         for part, rehearsed_part in micro_batches(current, rehearsed, engine.accumulation):
             terms = self.method.loss(engine.model, part, rehearsed_part, task)
             engine.backward(terms["loss"])
@@ -356,6 +361,7 @@ class Trainer:
             flip=self.config.data.flip,
             device=self.world.device,
             dtype=self.engine.dtype,
+            label_dropout=self.label_dropout,
         )
 
     def _publish(self, task: int, weights: dict[str, torch.Tensor]) -> None:

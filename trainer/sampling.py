@@ -32,6 +32,7 @@ class Request:
     classes: tuple[int, ...] = ()
     count: int = 64
     steps: int = 50
+    guidance: float = 1.0
     seed: int = 0
     device: str = ""
 
@@ -74,12 +75,15 @@ def sample(request: Request) -> list[Path]:
     model, schedule, card = load_teacher(run.teacher(request.task or newest_task(run)), device)
     if not 1 <= request.steps <= schedule.timesteps:
         raise UserError(f"--steps {request.steps}: must be between 1 and the model's {schedule.timesteps} timesteps")
+    if request.guidance != 1.0 and model.null_label is None:
+        raise UserError(f"--guidance {request.guidance:g}: this model was not trained with model.label_dropout above 0")
     classes = _classes(request.classes, card, model.conditional)
     sampling = Sampling(
         seed=request.seed,
         draw=0,
         shape=(card.channels, card.image_size, card.image_size),
         steps=request.steps,
+        guidance=request.guidance,
         batch=BATCH,
     )
     images, labels = generate(model, schedule, classes, np.arange(request.count), sampling, device)

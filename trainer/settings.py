@@ -162,7 +162,7 @@ def refused_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def check(config: Config) -> None:
     """Refuse impossible values and combinations that do not depend on the machine."""
-    for rule in (_check_numbers, _check_data, _check_replay, _check_train):
+    for rule in (_check_numbers, _check_data, _check_guidance, _check_replay, _check_train):
         rule(config)
 
 
@@ -226,6 +226,7 @@ def _check_numbers(config: Config) -> None:
     )
     natural = (
         "train.micro_batch train.threads replay.batch replay.restarts replay.pool_shards replay.eta evaluation.eta "
+        "replay.guidance evaluation.guidance "
         "optimizer.eps optimizer.weight_decay optimizer.warmup_images optimizer.clip_norm method.distillation_weight "
         "method.rehearsal_coefficient checkpoint.every_images model.dropout tracking.wandb_samples "
         "model.max_classes method.buffer_per_class"
@@ -239,7 +240,14 @@ def _check_numbers(config: Config) -> None:
         _require(values[key] > 0, key, values[key], "must be above 0")
     for key in natural.split():
         _require(values[key] >= 0, key, values[key], "must not be negative")
-    for key in ("optimizer.beta1", "optimizer.beta2", "ema.decay", "model.dropout", "replay.low_watermark"):
+    for key in (
+        "optimizer.beta1",
+        "optimizer.beta2",
+        "ema.decay",
+        "model.dropout",
+        "model.label_dropout",
+        "replay.low_watermark",
+    ):
         _require(0 <= values[key] < 1, key, values[key], "must be in [0, 1)")
     for key in ("replay.eta", "evaluation.eta"):
         _require(values[key] <= 1, key, values[key], "must be in [0, 1]")
@@ -261,6 +269,23 @@ def _check_data(config: Config) -> None:
     )
     seen = len({label for task in tasks for label in task})
     _require(config.evaluation.samples >= 2 * seen, "evaluation.samples", config.evaluation.samples, "too few")
+
+
+def _check_guidance(config: Config) -> None:
+    model = config.model
+    if model.label_dropout and not model.conditional:
+        raise ConfigError(f"model.label_dropout={model.label_dropout}: model.conditional=false has no labels to drop")
+    for key, value in (
+        ("replay.guidance", config.replay.guidance),
+        ("evaluation.guidance", config.evaluation.guidance),
+    ):
+        _require(
+            value == 1.0 or config.null_label is not None,
+            key,
+            value,
+            "needs model.conditional=true and model.label_dropout above 0: it also asks for what the model predicts "
+            "without a class",
+        )
 
 
 def _check_replay(config: Config) -> None:

@@ -86,6 +86,17 @@ def test_task_appended_is_learnt_next(workplace: Workplace, whole: str) -> None:
     }
 
 
+def test_a_guided_run_counts_what_guidance_costs(workplace: Workplace, whole: str) -> None:
+    guided = ("model.label_dropout=0.2", "replay.guidance=2", "evaluation.guidance=1.5")
+    code, output = workplace.run("run.name=guided", TASKS, "replay.placement=inline", *guided)
+    assert code == 0, output
+    result = workplace.metrics("guided")
+    assert result["cost"]["teacher_evaluations"] == 192 * (2 * 3 + 1)
+    assert result["final"]["sampler"] == {"steps": 3, "eta": 0.0, "guidance": 1.5}
+    classes = json.loads((workplace.path / "runs/guided/tasks/2/pipeline/classes.json").read_text())
+    assert classes["null_class"] == 10
+
+
 def test_killed_run_ends_with_the_same_weights(workplace: Workplace, whole: str) -> None:
     """kill -9 of the whole job in each task; the same command then gives the uninterrupted run's weights."""
     run = workplace.path / "runs" / "killed"

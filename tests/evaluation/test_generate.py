@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
 from trainer.config import DiffusionConfig, ModelConfig
+from trainer.diffusion.samplers import ddim, timestep_grid
 from trainer.diffusion.schedules import make_schedule
 from trainer.evaluation.generate import (
     Sampling,
@@ -63,6 +66,20 @@ def test_image_depends_on_seed_draw_and_index_but_not_on_the_batch() -> None:
     for other in (Sampling(6, 2, (1, 8, 8), 5), Sampling(5, 3, (1, 8, 8), 5)):
         assert not close(generate(model, SCHEDULE, classes, np.array([4]), other, CPU)[0], one)
     assert len({image.numpy().tobytes() for image in images}) == 10
+
+
+def test_guided_samples_are_those_of_the_guided_path() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(channels=[8, 8], norm_groups=4, label_dropout=0.1)
+    model = build_denoiser(config, image_size=8, channels=1, max_classes=4).eval()
+    indices = np.arange(4)
+    plain, asked = generate(model, SCHEDULE, [0, 2], indices, SAMPLING, CPU)
+    guided, _ = generate(model, SCHEDULE, [0, 2], indices, replace(SAMPLING, guidance=2.5), CPU)
+    assert asked is not None and not close(plain, guided)
+    x = normal(torch.from_numpy(derive(5, "evaluation-start", indices.astype(np.uint64), 2)), (1, 8, 8))
+    grid = timestep_grid(SCHEDULE.timesteps, 5)
+    *_, last = ddim(model, SCHEDULE, x, asked, grid, guidance=2.5, null_label=4)
+    assert close(((last.x_next + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), guided)
 
 
 def test_unconditional_model_is_not_asked_and_mode_is_restored() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from trainer.run import RunDir
 from trainer.sampling import Request, newest_task, sample, tile
 
 
-def publish(root: Path, task: int, *, conditional: bool = True, channels: int = 1, scale: float = 1.0) -> None:
-    model = ModelConfig(channels=[8, 16], conditional=conditional)
+def publish(root: Path, task: int, *, channels: int = 1, scale: float = 1.0, **model_settings: Any) -> None:
+    model = ModelConfig(channels=[8, 16], **model_settings)
     torch.manual_seed(task)
     weights = build_denoiser(model, image_size=8, channels=channels, max_classes=4).state_dict()
     save_teacher(
@@ -69,6 +70,17 @@ def test_an_image_depends_on_seed_and_index_not_on_the_count(run: Path) -> None:
     # The width of a batch may change a sum's last bit, and so a rounding.
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(few, more, strict=False))
     assert all(np.abs(a.astype(int) - b).max() > 10 for a, b in zip(few, other, strict=True))
+
+
+def test_guidance_where_the_model_can_be_guided(run: Path) -> None:
+    with pytest.raises(UserError, match=r"--guidance 3: this model was not trained with model\.label_dropout"):
+        sample(request(run, guidance=3.0))
+    publish(run, 3, label_dropout=0.1)
+    plain, guided = (
+        [pixels(path) for path in sample(request(run, guidance=scale, out=run.parent / str(scale)))[:-1]]
+        for scale in (1.0, 3.0)
+    )
+    assert any(np.abs(a.astype(int) - b).max() > 10 for a, b in zip(plain, guided, strict=True))
 
 
 def test_the_newest_task_unless_another_is_asked_for(run: Path) -> None:

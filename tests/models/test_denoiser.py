@@ -45,6 +45,19 @@ def test_label_and_time_matter_to_a_conditional_model_only() -> None:
     assert torch.equal(unconditional(x, t, torch.tensor([0])), unconditional(x, t, None))
 
 
+def test_a_row_for_no_class_where_labels_are_dropped() -> None:
+    x, t = torch.randn(1, 1, 8, 8), torch.tensor([500])
+    plain = build_denoiser(SMALL, image_size=8, channels=1, max_classes=3)
+    dropping = build_denoiser(replace(SMALL, label_dropout=0.1), image_size=8, channels=1, max_classes=3)
+    assert plain.null_label is None and dropping.null_label == 3
+    rows = [model.state_dict()["unet.class_embedding.weight"].shape[0] for model in (plain, dropping)]
+    assert rows == [3, 4]
+    null, zero = (dropping(x, t, torch.tensor([label])) for label in (3, 0))
+    assert not torch.equal(null, zero)
+    unconditional = replace(SMALL, conditional=False, label_dropout=0.1)
+    assert build_denoiser(unconditional, image_size=8, channels=1, max_classes=3).null_label is None
+
+
 def test_computes_in_the_type_of_its_weights() -> None:
     denoiser = build_denoiser(SMALL, image_size=8, channels=1, max_classes=3)
     x, t, label = torch.randn(4, 1, 8, 8), torch.tensor([1, 20, 300, 900]), torch.tensor([0, 1, 2, 0])

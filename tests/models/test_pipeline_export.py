@@ -25,6 +25,7 @@ MODEL = ModelConfig(channels=[8, 16], norm_groups=4)
 STEPS = 10
 
 CONSUMER = """
+import json
 import sys
 sys.modules["trainer"] = None  # makes any import of it fail, installed or not
 import numpy as np
@@ -35,18 +36,26 @@ directory, work = sys.argv[1:]
 plain = DiffusionPipeline.from_pretrained(directory)
 assert type(plain).__name__ == "DDIMPipeline", type(plain)
 start = torch.from_numpy(np.load(work + "/start.npy", allow_pickle=False))
-samples = []
+null = json.loads(open(directory + "/classes.json").read())["null_class"]
+samples, guided = [], []
 for custom in (directory, directory + "/pipeline.py"):
     pipeline = DiffusionPipeline.from_pretrained(directory, custom_pipeline=custom, trust_remote_code=True)
     assert type(pipeline).__name__ == "ClassConditionalDDIMPipeline"
     arguments = dict(class_labels=[0, 3, 1], num_inference_steps=10)
     samples.append(pipeline(latents=start, output_type="pt", **arguments).images)
+    guided.append(pipeline(latents=start, output_type="pt", guidance_scale=2.5, null_class=null, **arguments).images)
+    try:
+        pipeline(latents=start, guidance_scale=2.5, **arguments)
+    except ValueError as error:
+        assert "null_class" in str(error)
+    else:
+        raise AssertionError("guided without a null class")
     images = pipeline(generator=torch.Generator().manual_seed(0), eta=0.5, **arguments).images
     assert len(images) == 3 and images[0].size == (8, 8)
     array = pipeline(latents=start, output_type="np", return_dict=False, **arguments)[0]
     assert array.shape == (3, 8, 8, 1) and array.min() >= 0 and array.max() <= 1
-assert torch.equal(*samples)
-np.save(work + "/samples.npy", samples[0].numpy())
+assert torch.equal(*samples) and torch.equal(*guided)
+np.save(work + "/samples.npy", torch.stack([samples[0], guided[0]]).numpy())
 """
 
 
@@ -62,9 +71,10 @@ def _teacher(directory: Path, model: ModelConfig, diffusion: DiffusionConfig, se
     return directory
 
 
-def _ours(teacher: Path, start: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
+def _ours(teacher: Path, start: torch.Tensor, label: torch.Tensor | None, guidance: float = 1.0) -> torch.Tensor:
     model, schedule, _ = load_teacher(teacher, "cpu")
-    *_, last = ddim(model, schedule, start, label, timestep_grid(schedule.timesteps, STEPS))
+    grid = timestep_grid(schedule.timesteps, STEPS)
+    *_, last = ddim(model, schedule, start, label, grid, guidance=guidance, null_label=model.null_label)
     return last.x_next
 
 
@@ -100,7 +110,7 @@ def test_unconditional_pipeline_samples_by_itself(tmp_path: Path) -> None:
 
 
 def test_conditional_pipeline_runs_without_this_package(tmp_path: Path) -> None:
-    teacher = _teacher(tmp_path / "teacher", MODEL, DiffusionConfig())
+    teacher = _teacher(tmp_path / "teacher", replace(MODEL, label_dropout=0.1), DiffusionConfig())
     export_pipeline(tmp_path / "pipeline", teacher)
     assert json.loads((tmp_path / "pipeline/classes.json").read_text())["class_names"] == ["a", "b", "c", "d"]
     start = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(4))
@@ -112,7 +122,9 @@ def test_conditional_pipeline_runs_without_this_package(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.from_numpy(np.load(tmp_path / "samples.npy", allow_pickle=False))
-    torch.testing.assert_close(_ours(teacher, start, torch.tensor([0, 3, 1])), found, rtol=0, atol=1e-4)
+    for samples, guidance in zip(found, (1.0, 2.5), strict=True):
+        ours = _ours(teacher, start, torch.tensor([0, 3, 1]), guidance)
+        torch.testing.assert_close(ours, samples, rtol=0, atol=1e-4 * guidance)  # guidance amplifies rounding
 
 
 def test_exporting_again_replaces_the_directory_whole(tmp_path: Path) -> None:

@@ -98,10 +98,13 @@ def workplace(tmp_path: Path) -> Workplace:
 
 @pytest.fixture
 def make_workplace(tmp_path: Path) -> Callable[..., Workplace]:
-    """Workplaces by name and replay settings; `unconditional=True`, `method=...` and `on_starved=...` as needed."""
+    """Workplaces by name and replay settings; `unconditional`, `method`, `label_dropout`, `on_starved` as needed."""
 
-    def make(name: str = "run", *, method: Any = None, unconditional: bool = False, **replay: Any) -> Workplace:
+    def make(
+        name: str = "run", *, method: Any = None, unconditional: bool = False, label_dropout: float = 0.0, **replay: Any
+    ) -> Workplace:
         config = tiny_config(**replay)
+        config.model.label_dropout = label_dropout
         if method is not None:
             config.method.name = method
         config.model.conditional = not unconditional

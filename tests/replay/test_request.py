@@ -27,6 +27,19 @@ def test_numbers_of_the_request(workplace: Any) -> None:
     assert estimate(request)["trajectories"] == 54 and estimate(request)["evaluations"] == 54 * 7
 
 
+def test_a_guided_step_evaluates_twice_and_makes_another_pool(make_workplace: Callable[..., Any]) -> None:
+    workplace = make_workplace(label_dropout=0.1)
+    plain = workplace.request
+    assert (plain.guidance, plain.null_label) == (1.0, -1)
+    workplace.config.replay.guidance = 2.0
+    guided = plan_request(workplace.config, 2, plain.classes, 20, teacher_id=plain.teacher_id)
+    assert (guided.guidance, guided.null_label) == (2.0, 10)
+    assert estimate(guided)["evaluations"] == 54 * (2 * 4 + 3)
+    assert guided.sampler() != plain.sampler()
+    with pytest.raises(UserError, match=r"made with guidance=1\.0, the run now asks for 2\.0"):
+        write_request(workplace.run, guided)
+
+
 def test_in_the_loop_each_point_has_its_trajectory(make_workplace: Callable[..., Any]) -> None:
     workplace = make_workplace(placement=Placement.inline)
     cost = estimate(workplace.request)
@@ -50,7 +63,7 @@ def test_another_pool_is_refused_with_the_file(workplace: Any) -> None:
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [("{", "unreadable"), ("[]", "schema"), ('{"schema": 3}', "task"), (None, "steps"), ("extra", "unknown key")],
+    [("{", "unreadable"), ("[]", "schema"), ('{"schema": 4}', "task"), (None, "steps"), ("extra", "unknown key")],
 )
 def test_a_damaged_request_is_named(workplace: Any, content: str | None, word: str) -> None:
     path = workplace.run.replay_request(2)

@@ -13,9 +13,10 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from trainer.config import MethodName, Points
+from trainer.errors import UserError
 from trainer.models.teacher import load_teacher
 from trainer.replay.teacher import open_teacher
-from trainer.replay.trajectory import TrajectoryBatch, sample_trajectories, trajectory_labels
+from trainer.replay.trajectory import TrajectoryBatch, renoise, sample_trajectories, trajectory_labels
 
 CPU = torch.device("cpu")
 
@@ -112,6 +113,43 @@ def test_evaluations_are_what_the_network_was_called_for(
     batch = sample_trajectories(model, schedule, workplace.request, np.arange(5), CPU)
     assert sum(images) == batch.evaluations == 5 * per_trajectory
     assert (batch.targets is None) == ("method" in settings)
+
+
+@pytest.mark.parametrize("points", list(Points))
+def test_guidance_shapes_the_paths_and_not_the_targets(make_workplace: Callable[..., Any], points: Points) -> None:
+    """Targets are the teacher's predictions for the class, at states where guidance has led."""
+    workplace = make_workplace(points=points, label_dropout=0.1, guidance=3.0)
+    guided, model, schedule = sample(workplace, [0, 1, 2, 3])
+    plain, *_ = sample(workplace, [0, 1, 2, 3], replace(workplace.request, guidance=1.0, null_label=-1))
+    assert not torch.equal(guided.images, plain.images) and torch.equal(guided.start_seeds, plain.start_seeds)
+    assert (guided.evaluations, plain.evaluations) == ((4 * 11, 4 * 7) if points is Points.renoised else (32, 16))
+    for point in range(3):
+        t = guided.t[:, point]
+        if points is Points.renoised:
+            states = renoise(schedule, guided.images, guided.seeds[:, point], t)[0]
+        else:
+            states = guided.images[:, point].float()
+        with torch.no_grad():
+            found = guided.targets[:, point].float()
+            torch.testing.assert_close(found, model(states, t, guided.label), atol=5e-3, rtol=5e-3)
+            unlike = model(states, t, torch.full_like(guided.label, 10))
+        assert float((found - unlike).abs().max()) > 0.05
+
+
+def test_a_guided_step_asks_twice_and_every_evaluation_is_a_sign_of_life(make_workplace: Callable[..., Any]) -> None:
+    workplace = make_workplace(label_dropout=0.1, guidance=3.0)
+    model, schedule, _ = load_teacher(workplace.run.teacher(1), CPU)
+    images, signs = [], []
+    model.register_forward_hook(lambda module, inputs, output: images.append(len(output)))
+    batch = sample_trajectories(model, schedule, workplace.request, np.arange(5), CPU, lambda: signs.append(1))
+    assert sum(images) == batch.evaluations == 5 * (2 * 4 + 3) and len(signs) == 11
+
+
+def test_a_teacher_that_cannot_be_guided_is_refused(make_workplace: Callable[..., Any]) -> None:
+    workplace = make_workplace()
+    request = replace(workplace.request, guidance=2.0, null_label=10)
+    with pytest.raises(UserError, match=r"card\.json: null_label is None, 10 was asked for"):
+        open_teacher(workplace.run, request, CPU)
 
 
 def test_noisy_sampling_is_pure_too(make_workplace: Callable[..., Any]) -> None:

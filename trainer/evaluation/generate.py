@@ -24,6 +24,9 @@ class SampledModel(Protocol):
     def conditional(self) -> bool: ...
 
     @property
+    def null_label(self) -> int | None: ...
+
+    @property
     def training(self) -> bool: ...
 
     def train(self, mode: bool = True) -> object: ...
@@ -44,6 +47,7 @@ class Sampling:
     shape: tuple[int, int, int]  # C, H, W
     steps: int
     eta: float = 0.0
+    guidance: float = 1.0  # 1: none; needs a model with a null label
     clip: bool = True
     batch: int = 500  # images sampled at once
 
@@ -96,7 +100,7 @@ def generate(
         for start in range(0, len(indices), sampling.batch):
             chosen = slice(start, start + sampling.batch)
             label = None if asked is None else torch.from_numpy(asked[chosen]).to(device)
-            parts.append(_sample(model, schedule, indices[chosen], label, sampling, device))
+            parts.append(_sample(model, schedule, indices[chosen], label, model.null_label, sampling, device))
     finally:
         model.train(was_training)
     return torch.cat(parts), None if asked is None else torch.from_numpy(asked)
@@ -123,6 +127,7 @@ def _sample(
     schedule: NoiseSchedule,
     indices: NDArray[np.int64],
     label: Tensor | None,
+    null_label: int | None,
     sampling: Sampling,
     device: torch.device,
 ) -> Tensor:
@@ -135,7 +140,19 @@ def _sample(
     x = normal(start, sampling.shape)
     grid = timestep_grid(schedule.timesteps, sampling.steps).to(device)
     noise_seeds = walk if sampling.eta > 0 else None
-    for step in ddim(model, schedule, x, label, grid, eta=sampling.eta, clip=sampling.clip, noise_seeds=noise_seeds):
+    path = ddim(
+        model,
+        schedule,
+        x,
+        label,
+        grid,
+        eta=sampling.eta,
+        clip=sampling.clip,
+        noise_seeds=noise_seeds,
+        guidance=sampling.guidance,
+        null_label=null_label,
+    )
+    for step in path:
         x = step.x_next
     finite = torch.nan_to_num(x.float(), nan=0.0, posinf=0.0, neginf=0.0)
     return ((finite + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()

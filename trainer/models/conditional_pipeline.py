@@ -32,6 +32,8 @@ class ClassConditionalDDIMPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         eta: float = 0.0,
         num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        null_class: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -42,10 +44,15 @@ class ClassConditionalDDIMPipeline(DiffusionPipeline):
             generator: of the start noise, and of the later noise where eta > 0.
             latents: start noise (B, C, H, W) instead.
             eta: 0 deterministic, 1 as noisy as DDPM.
-            num_inference_steps: model evaluations.
+            num_inference_steps: model evaluations; twice as many with guidance.
+            guidance_scale: s in (1 - s) eps_null + s eps_class (Ho and Salimans 2022, arXiv 2207.12598); 1: none.
+            null_class: the id that stands for no class, which classes.json names where the model learnt it; needed
+                with guidance.
             output_type: "pil"; "np" for (B, H, W, C) in [0, 1]; "pt" for the raw tensor (B, C, H, W) in [-1, 1].
             return_dict: an ImagePipelineOutput instead of a tuple.
         """
+        if guidance_scale != 1.0 and null_class is None:
+            raise ValueError("guidance_scale needs null_class: classes.json names it where the model learnt one")
         device, dtype = self._execution_device, self.unet.dtype
         labels = torch.as_tensor(class_labels, dtype=torch.int64, device=device)
         size = self.unet.config.sample_size
@@ -55,6 +62,9 @@ class ClassConditionalDDIMPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         for t in self.progress_bar(self.scheduler.timesteps):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
             prediction = self.unet(x, t, class_labels=labels).sample
+            if guidance_scale != 1.0 and null_class is not None:
+                null = self.unet(x, t, class_labels=torch.full_like(labels, null_class)).sample
+                prediction = (1.0 - guidance_scale) * null + guidance_scale * prediction
             x = self.scheduler.step(prediction, t, x, eta=eta, generator=generator).prev_sample
         images: Any = x if output_type == "pt" else self._to_images(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -14,10 +14,11 @@ UNET_PREFIX = "unet."
 class Denoiser(nn.Module):
     """`forward(x_t, t, label) -> prediction` around `unet`; its weights are named `unet.<diffusers' name>`."""
 
-    def __init__(self, unet: UNet2DModel) -> None:
+    def __init__(self, unet: UNet2DModel, null_label: int | None = None) -> None:
         super().__init__()
         self.unet = unet
         self.conditional = unet.class_embedding is not None
+        self.null_label = null_label  # stands for no class; None where it was not learnt
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Predict eps or v, as trained.
@@ -25,7 +26,7 @@ class Denoiser(nn.Module):
         Args:
             x: (B, C, H, W), any floating type; computed in the type of the weights.
             t: int64 (B,).
-            label: int64 (B,), class ids below max_classes; ignored by an unconditional model.
+            label: int64 (B,), class ids below max_classes or `null_label`; ignored by an unconditional model.
 
         Returns:
             (B, C, H, W).
@@ -48,6 +49,7 @@ def build_denoiser(model: ModelConfig, *, image_size: int, channels: int, max_cl
         ConfigError: a size that the U-Net cannot have, naming the key.
     """
     check_model(model, image_size=image_size, max_classes=max_classes)
+    null_label = max_classes if model.conditional and model.label_dropout > 0 else None
     levels = range(len(model.channels))
     attention = set(model.attention_levels)
     unet = UNet2DModel(
@@ -62,9 +64,9 @@ def build_denoiser(model: ModelConfig, *, image_size: int, channels: int, max_cl
         attention_head_dim=model.attention_head_dim,
         norm_num_groups=model.norm_groups,
         dropout=model.dropout,
-        num_class_embeds=max_classes if model.conditional else None,
+        num_class_embeds=max_classes + (null_label is not None) if model.conditional else None,
     )
-    return Denoiser(unet)
+    return Denoiser(unet, null_label)
 
 
 def check_model(model: ModelConfig, *, image_size: int, max_classes: int) -> None:
@@ -74,6 +76,8 @@ def check_model(model: ModelConfig, *, image_size: int, max_classes: int) -> Non
             raise ConfigError(f"model.{key}: {getattr(model, key)}, must be at least 1")
     if not 0.0 <= model.dropout < 1.0:
         raise ConfigError(f"model.dropout: {model.dropout}, must be at least 0 and below 1")
+    if not 0.0 <= model.label_dropout < 1.0:
+        raise ConfigError(f"model.label_dropout: {model.label_dropout}, must be at least 0 and below 1")
     if model.conditional and max_classes < 1:
         raise ConfigError(f"model.max_classes: {max_classes}, a conditional model needs at least 1")
     _check_channels(model)

@@ -66,6 +66,8 @@ def make_scheduler(config: DiffusionConfig) -> DDIMScheduler:
 def _write(directory: Path, unet: UNet2DModel, card: TeacherCard) -> None:
     DDIMPipeline(unet=unet, scheduler=make_scheduler(card.diffusion_config)).save_pretrained(str(directory))
     classes = {"classes": card.classes, "class_names": card.class_names, "teacher_id": card.teacher_id}
+    if card.model_config.label_dropout > 0 and unet.class_embedding is not None:
+        classes["null_class"] = card.max_classes
     write_atomic(directory / CLASSES_NAME, json.dumps(classes, indent=1).encode())
     if unet.class_embedding is not None:
         write_atomic(directory / PIPELINE_NAME, CONDITIONAL_SOURCE.read_bytes())

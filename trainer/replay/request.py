@@ -22,7 +22,7 @@ from trainer.steps import checkpoint_interval
 if TYPE_CHECKING:
     from trainer.models.teacher import TeacherCard
 
-REQUEST_SCHEMA = 3
+REQUEST_SCHEMA = 4
 _BLOCK, _RECORD, _NPY_HEADER = 512, 10240, 128  # of tar and npy files
 # What may change between attempts without making another pool.
 _FREE_FIELDS = (
@@ -43,7 +43,8 @@ class ReplayRequest:
     point x_0 and fresh noise) or "trajectory" (states on the DDIM path); `targets` is "teacher" (its prediction) or
     "noise". `positions` replay points are used over the whole task, `step_positions` in each step, from `shards`
     shards, each stored point `reuse` times. A shard holds `shard_trajectories` trajectories of `points_per_trajectory`
-    points and is sampled in micro-batches of `sampler_batch`. No more than `pool_bytes` of shards lie on disk at once;
+    points and is sampled in micro-batches of `sampler_batch`, its paths guided where `guidance` is not 1, against the
+    predictions for `null_label` (-1: not guided). No more than `pool_bytes` of shards lie on disk at once;
     a pool is full with `pool_shards` unused ones (0: as many as there is room for), and filled again once no more than
     the share `low_watermark` of them is left.
     """
@@ -61,6 +62,8 @@ class ReplayRequest:
     targets: str
     steps: int
     eta: float
+    guidance: float
+    null_label: int
     clip_sample: bool
     points_per_trajectory: int
     jitter: bool
@@ -101,9 +104,10 @@ class ReplayRequest:
 
     @property
     def evaluations_per_trajectory(self) -> int:
-        """Network evaluations per image: the sampler's, and one for each teacher target at a re-noised point."""
+        """Network evaluations per image: the sampler's, two in each guided step, and one for each teacher target at a
+        re-noised point."""
         relabelled = self.points_per_trajectory if self.renoised and self.teacher_targets else 0
-        return self.steps + relabelled
+        return self.steps * (1 if self.guidance == 1.0 else 2) + relabelled
 
     @property
     def shard_bytes(self) -> int:
@@ -188,6 +192,8 @@ def plan_request(
         targets="noise" if config.method.name is MethodName.generative_replay else "teacher",
         steps=replay.steps,
         eta=replay.eta,
+        guidance=replay.guidance,
+        null_label=-1 if replay.guidance == 1.0 or config.null_label is None else config.null_label,
         clip_sample=replay.clip_sample,
         points_per_trajectory=points,
         jitter=replay.points is Points.trajectory,
@@ -288,6 +294,8 @@ def _possible(request: ReplayRequest) -> Iterator[tuple[str, bool]]:
     for name in ("shards", "pool_bytes", "pool_shards"):
         yield name, 0 <= getattr(request, name) < 1 << 62
     yield "eta", 0 <= request.eta <= 1
+    yield "guidance", 0 <= request.guidance <= 10**6
+    yield "null_label", -1 <= request.null_label < 1 << 31 and (request.null_label >= 0 or request.guidance == 1)
     yield "low_watermark", 0 <= request.low_watermark <= 1
     yield "points", request.points in [points.value for points in Points]
     yield "targets", request.targets in ("teacher", "noise")

@@ -34,6 +34,7 @@ def open_teacher(run: RunDir, request: ReplayRequest, device: torch.device) -> t
         ("channels", card.channels, request.channels),
         ("timesteps", schedule.timesteps, request.timesteps),
         ("conditional", model.conditional, request.conditional),
+        ("null_label", model.null_label if request.guidance != 1.0 else -1, request.null_label),
     ):
         if found != wanted:
             raise UserError(f"{directory / 'card.json'}: {key} is {found}, {wanted} was asked for: another teacher")

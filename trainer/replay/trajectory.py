@@ -70,6 +70,10 @@ def sample_trajectories(
 ) -> TrajectoryBatch:
     """Run the teacher along the trajectories `indices` (B,) and take their replay points.
 
+    Guidance shapes the paths, so the states and end points, and nothing else: the targets are the teacher's predictions
+    for the class alone. What the student takes over is then the teacher's own model, which can be guided in its turn;
+    distilled guided predictions would be guided again by the next teacher, and sharpened with each task.
+
     Equal bytes on one kind of device need equal batches: callers always cut a shard into the same micro-batches.
     `alive` is called at every evaluation of the network.
     """
@@ -88,6 +92,8 @@ def sample_trajectories(
         label,
         grid.to(device),
         eta=request.eta,
+        guidance=request.guidance,
+        null_label=request.null_label,
         clip=request.clip_sample,
         noise_seeds=_trajectory_seeds(request, "eta", indices, device) if request.eta > 0 else None,
     )
@@ -124,12 +130,12 @@ def renoise(
 
 
 def teacher_call(teacher: Predict, alive: Callable[[], None] | None = None) -> Predict:
-    """The teacher with its prediction in fp32; `alive` is called before each evaluation."""
+    """The teacher, its prediction in its own type; `alive` is called before each evaluation."""
 
     def predict(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         if alive is not None:
             alive()
-        return teacher(x, t, label).float()
+        return teacher(x, t, label)
 
     return predict
 
