@@ -65,7 +65,7 @@ class Engine:
         self._clip_norm = config.optimizer.clip_norm
         self._micro_steps = 0
         initial = _rounded_away(model, self.dtype, world)
-        units = Units(model, gathered=self._stage == 3)
+        units = Units(model, gathered=self._stage == 3, recompute=config.train.activation_checkpointing)
         if config.train.compile:
             units.compile(autotune=config.train.autotune)
         adam = make_optimizer([unit.flat for unit in units.units], config.optimizer)  # in the order of the places

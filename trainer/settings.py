@@ -48,6 +48,7 @@ FREE_KEYS = (
     "data.shard_size",
     "data.format",
     "train.micro_batch",
+    "train.activation_checkpointing",
     "train.log_every",
     "train.gc_every",
     "train.threads",

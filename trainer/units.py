@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 ALIGNMENT = 128  # elements: every view starts at a multiple of 16 bytes, which vectorised loads need
 FLAT = "flat"  # a unit's parameter is `<module>.flat`
@@ -97,9 +98,12 @@ class Units:
     where in them, by the names the parameters had. Weights that two modules share are not supported.
     """
 
-    def __init__(self, model: nn.Module, *, gathered: bool) -> None:
-        """Args: gathered: the vectors are whole only while their module computes (ZeRO-3), so each module spreads
-        its own; otherwise the model spreads all of them when it is called.
+    def __init__(self, model: nn.Module, *, gathered: bool, recompute: bool = False) -> None:
+        """Args:
+        gathered: the vectors are whole only while their module computes (ZeRO-3), so each module spreads its own;
+            otherwise the model spreads all of them when it is called.
+        recompute: keep only the inputs of each block for the backward pass, which computes the rest again (Chen et
+            al. 2016, arXiv 1604.06174). The gradients are the same; dropout draws its masks again, too.
         """
         blocks: list[nn.Module] = getattr(model, "blocks", list)()
         weights = dict(model.named_parameters(remove_duplicate=False))
@@ -113,7 +117,7 @@ class Units:
             for name, offset, shape in zip(unit.names, unit.offsets, unit.shapes, strict=True)
         }
         self.places = {name: found[name] for name in weights}
-        self.gathered = gathered
+        self.gathered, self.recompute = gathered, recompute
         self._install([unit.module.forward for unit in self.units])
 
     def compile(self, *, autotune: bool = False) -> None:
@@ -133,10 +137,14 @@ class Units:
         """Make these the computations of the modules, each with its weights in place."""
         self._calls = list(calls)
         if self.gathered:
-            for unit, call in zip(self.units, calls, strict=True):
-                unit.module.forward = _gathered(unit, call)
+            for number, (unit, call) in enumerate(zip(self.units, calls, strict=True)):
+                again = self.recompute and number > 0
+                unit.module.forward = _recomputed(_in_place(unit, call)) if again else _gathered(unit, call)
         else:
             self.model.forward = self._spread_all(calls[0])
+            if self.recompute:
+                for unit, call in zip(self.units[1:], calls[1:], strict=True):
+                    unit.module.forward = _recomputed(call)
 
     @contextmanager
     def modules_hidden(self) -> Iterator[None]:
@@ -180,12 +188,34 @@ def _gathered(unit: Unit, call: Callable[..., Any]) -> Callable[..., Any]:
     """A module's forward whose views end with it: what autograd saves of them is found again in the gathered vector."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(*_by_reference(unit.flat)):
+            return in_place(*args, **kwargs)
+
+    in_place = _in_place(unit, call)
+    return forward
+
+
+def _in_place(unit: Unit, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's forward whose views end with it."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
         unit.spread()
         try:
-            with saved_tensors_hooks(*_by_reference(unit.flat)):
-                return call(*args, **kwargs)
+            return call(*args, **kwargs)
         finally:
             unit.fold()
+
+    return forward
+
+
+def _recomputed(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward of which autograd saves nothing but the inputs.
+
+    Under ZeRO-3 its second time is within the module's backward, when the vector has been gathered anew.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(call, *args, use_reentrant=False, **kwargs)
 
     return forward
 

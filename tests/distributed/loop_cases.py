@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer import pulse
+from trainer import engine, pulse
 from trainer.config import MethodName
 from trainer.data.shards import read_card
 from trainer.errors import UserError
@@ -62,6 +62,7 @@ def learn(
     """
     config = load_config("digits", [f"data.root={root}/data", "data.tasks=[[0,1]]", *settings])
     config.method.name = MethodName.finetune
+    engine.PERSISTENT_NUMEL = 15  # ZeRO-3 really shards so small a model
     run = RunDir(Path(root) / name)
     world.on_main(lambda: prepare_data(config, progress=False))
     judge: Any = NoJudge(read_card(Path(config.data.root)).classes)
