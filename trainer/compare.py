@@ -37,7 +37,10 @@ GRACE = 40.0  # seconds between SIGTERM and SIGKILL: ranks save within 30
 POLL = 0.1
 
 # Keys that may differ between a finished run and the one asked for without making its numbers another run's.
-INDIFFERENT = ("run.", "tracking.", "checkpoint.", "data.root", "data.workers", "data.prefetch", "train.threads")
+INDIFFERENT = (
+    *("run.", "tracking.", "checkpoint.", "data.root", "data.workers", "data.prefetch", "train.threads"),
+    *("train.compile_cache", "train.peak_tflops"),
+)
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,7 @@ class TrainConfig:
     precision: Precision = Precision.fp32
     compile: bool = False  # the model as one graph; with zero.stage=3 block by block
     autotune: bool = False  # with compile: time more kernels for each operation of the graph, once for each shape
+    compile_cache: str = ""  # directory of what was compiled; empty: in the run directory
     activation_checkpointing: bool = False  # forget what a block computes, and compute it again going backward
     log_every: int = 10  # steps between two fetches of the metrics from the device
     gc_every: int = 200  # steps between two runs of Python's garbage collector

@@ -156,6 +156,8 @@ def check_disk(config: Config, run: RunDir) -> None:
     """Raises UserError where what the run has yet to write will not fit on the disk."""
     written = 0
     for path in run.root.rglob("*"):
+        if run.compile_cache in path.parents:  # DiskNeed does not count it either
+            continue
         with suppress(FileNotFoundError):  # a sampler started by hand may be at work there
             written += path.lstat().st_size if path.is_file() else 0
     need, free = DiskNeed.of(config).total - written, shutil.disk_usage(run.root).free

@@ -40,6 +40,11 @@ class RunDir:
         return self.root / "stop"
 
     @property
+    def compile_cache(self) -> Path:
+        """What TorchInductor and Triton compiled, for the next start."""
+        return self.root / "compile_cache"
+
+    @property
     def report(self) -> Path:
         return self.root / "report"
 

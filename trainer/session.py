@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from trainer.cli import USER_ERROR
+from trainer.compile_cache import use_compile_cache
 from trainer.config import Config, Placement
 from trainer.data.shards import read_card
 from trainer.errors import ToldElsewhere, UserError, disk_error
@@ -42,6 +43,7 @@ def train(config: Config) -> int:
     began = time.monotonic()
     cuda = torch.cuda.is_available()
     run = RunDir(Path(config.run.dir) / config.run.name)
+    use_compile_cache(run, config.train.compile_cache)
     teachers = config.replay.devices_per_node if config.teacher_ranks else 0
     role = split_ranks(os.environ, teachers)
     if role.kind == "teacher":

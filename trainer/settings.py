@@ -49,6 +49,7 @@ FREE_KEYS = (
     "data.format",
     "train.micro_batch",
     "train.activation_checkpointing",
+    "train.compile_cache",
     "train.log_every",
     "train.gc_every",
     "train.threads",

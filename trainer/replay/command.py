@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.cli import USER_ERROR, Parser, positive
+from trainer.compile_cache import use_compile_cache
 from trainer.config import ReplayConfig
 from trainer.errors import UserError
 from trainer.replay.child import bind_to_parent, signs_of_life
@@ -87,6 +88,7 @@ def sampler_main(arguments: list[str]) -> NoReturn:
         help="a person started this: end with the run, and do not stand by where the number is taken",
     )
     options = _parse(parser, arguments)
+    use_compile_cache(RunDir(options.run), "")
 
     from trainer.replay.sidecar import serve  # torch and diffusers: seconds
 
