@@ -172,6 +172,7 @@ class TrainConfig:
     autotune: bool = False  # with compile: time more kernels for each operation of the graph, once for each shape
     compile_cache: str = ""  # directory of what was compiled; empty: in the run directory
     activation_checkpointing: bool = False  # forget what a block computes, and compute it again going backward
+    peak_tflops: float = 0.0  # of a device at this precision, for the share of it in the log; 0: known cards by name
     log_every: int = 10  # steps between two fetches of the metrics from the device
     gc_every: int = 200  # steps between two runs of Python's garbage collector
     threads: int = 0  # CPU threads of each trainer rank; 0: cores shared out between the processes of the job
@@ -251,6 +252,8 @@ class TrackingConfig:
     wandb: Wandb = Wandb.off
     project: str = "palimpsest"
     wandb_samples: int = 64
+    profile_steps: int = 0  # steps of an attempt that torch.profiler records; 0: none
+    profile_start: int = 10  # steps before the first of them, the last few to warm up
     seen_samples: bool = False  # write the keys of the images of each step to the attempt's log directory
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from trainer.checkpoint import STATE, CheckpointReader, CheckpointWriter
 from trainer.config import Config, OptimizerConfig, OptimizerName, Precision
@@ -120,7 +121,8 @@ class Engine:
             skipped = torch.full((), 1.0 - self._engine.was_step_applied(), device=self._world.device)
         self._skips.add(skipped)
         if self._ema is not None:
-            self._ema.update(skipped)
+            with record_function("ema"):
+                self._ema.update(skipped)
 
     def set_lr(self, lr: float) -> None:
         for group in self._engine.optimizer.param_groups:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch.profiler import record_function
 
 from trainer.config import Config, Placement, Verify
+from trainer.data.batch import Examples
 from trainer.data.buffer import open_buffers, save_buffer
 from trainer.data.dataset import TaskData
 from trainer.data.label_dropout import LabelDropout
@@ -26,7 +28,9 @@ from trainer.meter import Meter
 from trainer.methods import Rehearsal, build_method
 from trainer.models.pipeline import export_pipeline
 from trainer.models.teacher import CARD_NAME, read_card, save_teacher
+from trainer.performance import Performance
 from trainer.position import Position, checkpoint_path, parse_checkpoint, prune_checkpoints, sound_checkpoint
+from trainer.profiling import StepProfiler
 from trainer.pulse import Pulse
 from trainer.rehearsal import BufferSource
 from trainer.replay.events import Event, EventLog, count_events
@@ -68,6 +72,8 @@ class Trainer:
         self.pulse = Pulse(world, stop.wanted, self._publish_checkpoints)
         self.position = Position()
         self.meter = Meter()
+        self.performance = Performance(config, world.device, world.size)
+        self.profiler = StepProfiler(config, run, world, tracker)
         self.events = EventLog(run, "trainer")
         self._saved_at = began
         self._saved_step = (0, 0)  # task and step of the newest checkpoint, written or being written
@@ -110,6 +116,7 @@ class Trainer:
 
     def close(self) -> None:
         """Leave no thread behind."""
+        self.profiler.close()
         self.engine.close()
 
     def learn(self, task: int) -> None:
@@ -134,11 +141,16 @@ class Trainer:
             batches: Iterator[HostBatch] = stream
             if self.config.tracking.seen_samples:
                 batches = trace_samples(stream, data, self.run, self.world, task, self.position.step)
+            batches = self.performance.timed(batches)
+            stack.callback(self.profiler.stop)
+            self.performance.start(0.0 if replay is None else replay.stats()["starved_seconds"])
             while self.position.step < self.steps:
+                self.profiler.begin_step()
                 if not self.pulse.may_begin(self.position.step, replay):
                     self.halt(task)
                 self.step(task, self.position.step, next(batches), replay)
                 self.position.step += 1
+                self.profiler.end_step()
                 now = time.perf_counter()
                 self.position.cost["train_seconds"] += now - began
                 began = now
@@ -169,19 +181,30 @@ class Trainer:
         engine = self.engine
         engine.set_lr(self.learning_rate(step))
         self._seed_dropout(task, step)
-        current = self.prepare(batch)
-        rehearsed = replay.points(step) if replay is not None else None
-        if rehearsed is not None and self.label_dropout is not None and self.config.needs_teacher:
-            first = step * self.config.replay_batch + self.world.rank * len(rehearsed)
-            rehearsed = self.label_dropout.of_positions(rehearsed, task, first)
+        with record_function("prepare"):
+            current = self.prepare(batch)
+        with record_function("replay"):
+            rehearsed = self._rehearsed(task, step, replay)
         for part, rehearsed_part in micro_batches(current, rehearsed, engine.accumulation):
-            terms = self.method.loss(engine.model, part, rehearsed_part, task)
-            engine.backward(terms["loss"])
+            with record_function("forward"):
+                terms = self.method.loss(engine.model, part, rehearsed_part, task)
+            with record_function("backward"):
+                engine.backward(terms["loss"])
             for name, value in terms.items():
                 self.meter.add(name, value)
-        engine.step()
+        with record_function("optimizer"):
+            engine.step()
+        self.performance.count(len(current), 0 if rehearsed is None else len(rehearsed))
         if engine.grad_norm is not None:
             self.meter.add("grad_norm", engine.grad_norm)
+
+    def _rehearsed(self, task: int, step: int, replay: ReplaySource | None) -> Examples | None:
+        """This rank's replay points of a step; None where there are none, or where the step goes without."""
+        points = replay.points(step) if replay is not None else None
+        if points is None or self.label_dropout is None or not self.config.needs_teacher:
+            return points
+        first = step * self.config.replay_batch + self.world.rank * len(points)
+        return self.label_dropout.of_positions(points, task, first)
 
     def after_step(self, task: int) -> None:
         """Collect garbage, log and save: at fixed steps, so at the same ones on all ranks."""
@@ -245,13 +268,15 @@ class Trainer:
         metrics: dict[str, Any] = {"task": task, "step": self.position.step, "seen": self.seen}
         metrics |= self.meter.fetch(self.world)
         metrics["lr"] = self.learning_rate(self.position.step - 1)
+        stats = {} if self._replay_source is None else self._replay_source.stats()
+        metrics |= self.performance.fetch(stats.get("starved_seconds", 0.0), self.position.cost)
         skipped, in_a_row = self.engine.skips()
         if skipped:
             metrics["skipped_steps"] = skipped
         # The checkpoints from before the trouble stay; with fp16 skipping is how the loss scale is found.
         self._troubled = in_a_row > 0 and self.engine.dtype is not torch.float16
-        if self._replay_source is not None and self.world.is_main:
-            metrics |= replay_metrics(self._replay_source.stats())
+        if stats and self.world.is_main:
+            metrics |= replay_metrics(stats)
         self.tracker.log(metrics)
         if in_a_row >= self.config.train.max_skipped:
             why = f"the loss or gradient of task {task} was no finite number for {in_a_row} steps in a row"
@@ -269,7 +294,7 @@ class Trainer:
             counts[name] = sum(stats.get(name, 0) for stats in self.position.replay.values())
         return {"cost": self.cost() | {"skipped_steps": self.engine.skips()[0]}, "replay": {"events": counts}}
 
-    def cost(self) -> dict[str, float]:
+    def cost(self) -> dict[str, float | None]:
         """What the run has spent, over all its attempts."""
         cost, replay = self.position.cost, self.position.replay.values()
         images = len(self.tasks) * self.steps * self.config.train.global_batch
@@ -280,6 +305,7 @@ class Trainer:
             "teacher_evaluations": sum(stats["teacher_evaluations"] for stats in replay),
             "replay_points_used": sum(stats["points_used"] for stats in replay),
             "starved_seconds": sum(stats["starved_seconds"] for stats in replay),
+            **self.performance.account(cost),
         }
 
     # --- replay --------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ DAMAGED_PREFIX = "damaged-"
 
 
 def no_cost() -> dict[str, float]:
-    """Seconds spent so far, over all attempts."""
-    return {"train_seconds": 0.0, "wall_seconds": 0.0}
+    """Seconds, and what else is summed up over all attempts; see `trainer.performance`."""
+    seconds = dict.fromkeys(("train_seconds", "wall_seconds", "data_wait_seconds"), 0.0)
+    return seconds | {"model_tflop": 0.0, "peak_memory_gb": 0.0}
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Position:
         """The inverse of `as_extra`. Raises UserError for what another version of this program kept."""
         if extra.keys() != cls.__dataclass_fields__.keys():
             raise UserError("the checkpoint was written by another version of this program; take another run.name")
-        return cls(**extra)
+        return cls(**extra | {"cost": no_cost() | extra["cost"]})
 
 
 def checkpoint_path(run: RunDir, task: int, step: int) -> Path:

@@ -70,6 +70,14 @@ class RunDir:
         """Keys of the images that each step of an attempt took on a trainer rank (`tracking.seen_samples`)."""
         return self.log(attempt) / f"seen-rank-{rank}.jsonl"
 
+    def profile(self, attempt: int, rank: int) -> Path:
+        """The steps of an attempt that were recorded on a trainer rank, for chrome://tracing or Perfetto."""
+        return self.log(attempt) / f"profile-rank-{rank}.json.gz"
+
+    def profile_table(self, attempt: int, rank: int) -> Path:
+        """The operators in it that took longest."""
+        return self.log(attempt) / f"profile-rank-{rank}.txt"
+
     def task(self, task: int) -> Path:
         return self.root / "tasks" / str(task)
 

@@ -50,6 +50,7 @@ FREE_KEYS = (
     "train.micro_batch",
     "train.activation_checkpointing",
     "train.compile_cache",
+    "train.peak_tflops",
     "train.log_every",
     "train.gc_every",
     "train.threads",
@@ -224,14 +225,14 @@ def _check_numbers(config: Config) -> None:
         "replay.points_per_trajectory replay.reuse replay.shard_trajectories replay.sampler_batch replay.workers "
         "replay.devices_per_node replay.threads replay.timeout replay.pool_gb replay.reuse_cap replay.hang_timeout "
         "evaluation.samples evaluation.steps evaluation.batch evaluation.grid_per_class evaluation.classifier_epochs "
-        "checkpoint.keep"
+        "checkpoint.keep tracking.profile_start"
     )
     natural = (
         "train.micro_batch train.threads replay.batch replay.restarts replay.pool_shards replay.eta evaluation.eta "
         "replay.guidance evaluation.guidance "
         "optimizer.eps optimizer.weight_decay optimizer.warmup_images optimizer.clip_norm method.distillation_weight "
         "method.rehearsal_coefficient checkpoint.every_images model.dropout tracking.wandb_samples "
-        "model.max_classes method.buffer_per_class"
+        "model.max_classes method.buffer_per_class train.peak_tflops tracking.profile_steps"
     )
     values = dict(_flat(asdict(config)))
     for key, value in values.items():
@@ -347,6 +348,8 @@ def _check_idle(config: Config, overrides: list[str]) -> None:
         conditions.append(("model.max_classes", "model.conditional=false"))
     if not config.train.compile:
         conditions.append(("train.autotune", "train.compile=false"))
+    if not config.tracking.profile_steps:
+        conditions.append(("tracking.profile_start", "tracking.profile_steps=0"))
     if replay.on_starved is not OnStarved.reuse:
         conditions.append(("replay.reuse_cap", f"replay.on_starved={replay.on_starved.value}"))
     given = {override.partition("=")[0] for override in overrides}

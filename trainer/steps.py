@@ -41,14 +41,33 @@ def fresh_model(config: Config) -> Denoiser:
 
 def count_parameters(config: Config) -> int:
     """Weights of the denoiser, from its shapes alone: nothing is allocated. Raises ConfigError."""
+    return sum(parameter.numel() for parameter in _shapes_of_model(config).parameters())
+
+
+def forward_flops(config: Config) -> int:
+    """Floating point operations of one image's way through the denoiser, from shapes alone.
+
+    Matrix products, convolutions and attention, a multiplication and an addition counted as two (torch's
+    FlopCounterMode); what is done element by element is left out, as it is by convention.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
+
+    model, data = _shapes_of_model(config), config.data
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
+        image = torch.empty(1, data.channels, data.image_size, data.image_size)
+        zero = torch.zeros(1, dtype=torch.int64)
+        model(image, zero, zero)
+    return counter.get_total_flops()
+
+
+def _shapes_of_model(config: Config) -> Denoiser:
     with torch.device("meta"):
-        model = build_denoiser(
+        return build_denoiser(
             config.model,
             image_size=config.data.image_size,
             channels=config.data.channels,
             max_classes=config.max_classes,
         )
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def micro_batches(

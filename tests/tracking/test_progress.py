@@ -47,6 +47,20 @@ def test_plain_lines_every_few_seconds_without_control_codes() -> None:
     assert "\x1b" not in out.getvalue() and "lr" not in out.getvalue()
 
 
+def test_memory_share_and_waits_have_places_of_their_own() -> None:
+    out, clock = io.StringIO(), Clock()
+    progress = TrainingProgress(1, 1000, console=Console(file=out, force_terminal=False), plain_every=0.0, clock=clock)
+    progress.start_task(1)
+    clock.now += 1
+    measures = {"model_tflops": 402.0, "replay_wait_seconds": 0.0, "peak_memory_gb": 31.25, "mfu": 0.407}
+    progress.update(100, {"loss": 0.5, "data_wait_seconds": 0.31, **measures})
+    clock.now += 1
+    progress.update(200, {"loss": 0.5, "data_wait_seconds": 0.01, **measures})
+    first, second = out.getvalue().splitlines()
+    assert "loss 0.5  data wait 0.3 s  31.2 GB  MFU 41 %  100 images/s" in first
+    assert "loss 0.5  31.2 GB  MFU 41 %  100 images/s" in second
+
+
 def test_rate_counts_training_alone_and_survives_a_resume() -> None:
     out, clock = io.StringIO(), Clock()
     progress = TrainingProgress(1, 1000, console=Console(file=out, force_terminal=False), plain_every=0.0, clock=clock)

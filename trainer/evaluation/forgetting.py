@@ -55,7 +55,9 @@ def metric_matrix(rows: Sequence[Mapping[str, Any]], metric: str) -> Matrix:
     return matrix
 
 
-def result(method: str, rows: Sequence[Mapping[str, Any]], cost: Mapping[str, float], **extra: Any) -> dict[str, Any]:
+def result(
+    method: str, rows: Sequence[Mapping[str, Any]], cost: Mapping[str, float | None], **extra: Any
+) -> dict[str, Any]:
     """The contents of metrics.json.
 
     Args:

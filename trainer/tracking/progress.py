@@ -14,7 +14,11 @@ from rich.text import Text
 
 # Not among the loss terms: no measures of learning, or shown in places of their own.
 SPECIAL_KEYS = ("task", "seen", "step", "lr", "images_per_second")
-PLACED_KEYS = ("pool_fill", "pool_ready", "starved_seconds", "teacher_evaluations")
+PLACED_KEYS = (
+    *("pool_fill", "pool_ready", "starved_seconds", "teacher_evaluations"),
+    *("data_wait_seconds", "replay_wait_seconds", "peak_memory_gb", "model_tflops", "mfu"),
+)
+SHOWN_WAIT = 0.05  # seconds since the last log: less is not worth the room
 SMOOTHING = 0.7  # of the rate: share of the old value
 REFRESH_PER_SECOND = 4
 
@@ -123,6 +127,12 @@ class TrainingProgress:
             parts.append(f"pool {100 * metrics['pool_fill']:.0f} %")
         if "starved_seconds" in metrics:
             parts.append(f"starved {metrics['starved_seconds']:.1f} s")
+        if metrics.get("data_wait_seconds", 0.0) >= SHOWN_WAIT:
+            parts.append(f"data wait {metrics['data_wait_seconds']:.1f} s")
+        if "peak_memory_gb" in metrics:
+            parts.append(f"{metrics['peak_memory_gb']:.1f} GB")
+        if "mfu" in metrics:
+            parts.append(f"MFU {100 * metrics['mfu']:.0f} %")
         return "  ".join(parts)
 
     def _render(self) -> Group:
