@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+AUTO = -1  # train.micro_batch; files and command lines say `auto`
+
 
 class Source(str, Enum):
     """Where raw images come from; each has a module in data_tools/sources."""
@@ -166,7 +168,7 @@ class OptimizerConfig:
 class TrainConfig:
     images_per_task: int = 16000  # real images of each task (seen images, not distinct ones)
     global_batch: int = 64  # real images per step over all ranks
-    micro_batch: int = 0  # real images per forward on one rank; 0: the rank's whole share
+    micro_batch: int = 0  # real images per forward on one rank; 0: the rank's whole share; auto: what fits
     precision: Precision = Precision.fp32
     compile: bool = False  # the model as one graph; with zero.stage=3 block by block
     autotune: bool = False  # with compile: time more kernels for each operation of the graph, once for each shape

@@ -36,6 +36,7 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     Raises:
         ConfigError: the global batch does not divide.
     """
+    assert config.train.micro_batch >= 0, "auto has been settled"
     local, left = divmod(config.train.global_batch, world_size)
     if left or not local:
         raise ConfigError(f"train.global_batch={config.train.global_batch}: does not divide over {world_size} ranks")

@@ -24,6 +24,7 @@ from trainer.diffusion.schedules import make_schedule
 from trainer.engine import Engine
 from trainer.errors import ToldElsewhere, UserError, say
 from trainer.judge import Judge
+from trainer.memory import names_the_key
 from trainer.meter import Meter
 from trainer.methods import Rehearsal, build_method
 from trainer.models.pipeline import export_pipeline
@@ -176,6 +177,7 @@ class Trainer:
 
     # --- one step ------------------------------------------------------------------------------------------------
 
+    @names_the_key
     def step(self, task: int, step: int, batch: HostBatch, replay: ReplaySource | None) -> None:
         """One optimiser step on real images and, after the first task, on what is rehearsed."""
         engine = self.engine

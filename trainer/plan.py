@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,15 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from trainer.config import Config, Placement, Precision
+from trainer.config import Config, Placement
 from trainer.disk import DiskNeed
 from trainer.errors import ConfigError
+from trainer.memory import WIDTH, state_bytes
 from trainer.replay.devices import choose_devices
 from trainer.replay.request import estimate, plan_request
 from trainer.settings import check_world
 from trainer.steps import count_parameters, steps_per_task
 
-WIDTH = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2}  # bytes of one weight
-FP32 = 4
 NO_REPLAY = {"points": 0, "trajectories": 0, "evaluations": 0, "bytes": 0, "disk_bytes": 0}
 
 
@@ -163,29 +161,6 @@ def plan_tasks(config: Config) -> list[TaskPlan]:
         )
         learnt += classes
     return plans
-
-
-def state_bytes(parameters: int, config: Config, trainers: int) -> dict[str, int]:
-    """Bytes on each trainer's device by part, without activations (Rajbhandari et al. 2020, section 3).
-
-    ZeRO 1 shares out what the optimiser keeps, 2 the gradients too, 3 the weights too. From stage 1 on DeepSpeed keeps
-    an fp32 master copy beside the weights, in fp32 too, and copies the rank's gradients to fp32 for the step.
-    """
-    stage, width = config.zero.stage, WIDTH[config.train.precision]
-    share = math.ceil(parameters / trainers)
-    held = {part: share if stage >= first else parameters for part, first in _SHARED_FROM.items()}
-    return {
-        "weights": width * held["weights"],
-        "gradients": width * held["gradients"],
-        "master weights": FP32 * share if stage else 0,
-        "moments": 2 * FP32 * held["optimiser"],
-        "gradients in fp32": FP32 * share if stage else 0,
-        "EMA": FP32 * held["optimiser"] if config.ema.decay else 0,
-    }
-
-
-# The first ZeRO stage that shares each part out.
-_SHARED_FROM = {"optimiser": 1, "gradients": 2, "weights": 3}
 
 
 # --- printing ---------------------------------------------------------------------------------------------------

@@ -45,6 +45,11 @@ class RunDir:
         return self.root / "compile_cache"
 
     @property
+    def micro_batch(self) -> Path:
+        """What `train.micro_batch=auto` found, and for which circumstances."""
+        return self.root / "micro_batch.json"
+
+    @property
     def report(self) -> Path:
         return self.root / "report"
 

@@ -14,12 +14,13 @@ import torch
 
 from trainer.cli import USER_ERROR
 from trainer.compile_cache import use_compile_cache
-from trainer.config import Config, Placement
+from trainer.config import AUTO, Config, Placement
 from trainer.data.shards import read_card
-from trainer.errors import ToldElsewhere, UserError, disk_error
+from trainer.errors import ConfigError, ToldElsewhere, UserError, disk_error
 from trainer.judge import Judge, picture_paths
 from trainer.lifeline import tie_to_launcher
 from trainer.loop import Trainer
+from trainer.micro_batch import settle
 from trainer.preflight import check_run, finished_result, lock_run, preflight, resolve_root
 from trainer.replay.devices import choose_devices, node_gpus, visible_gpus
 from trainer.replay.state import read_state, write_state
@@ -99,6 +100,8 @@ def work(config: Config, run: RunDir, world: World, began: float) -> int:
             names = read_card(Path(config.data.root)).classes
             gc.disable()  # the loop collects at fixed steps, the same on all ranks
             judge = Judge(config, run, world, tracker, names, stop.interrupting)
+            world.on_main(lambda: refuse_shared_gpu(config, world))
+            settle(config, run, world, tracker.note)
             trainer = Trainer(config, run, world, tracker, judge, stop, began)
             stack.callback(trainer.close)
             content = trainer.fit()
@@ -169,6 +172,22 @@ def sidecar_device(config: Config, world: World, worker: int) -> str:
     gpus = node_gpus() if world.device.type == "cuda" else 0
     replay = config.replay
     return choose_devices(replay.device, replay.workers, trainers, gpus, visible_gpus(os.environ))[worker]
+
+
+def refuse_shared_gpu(config: Config, world: World) -> None:
+    """Raises ConfigError where a sampler will take memory that a trial for `train.micro_batch=auto` finds free."""
+    trainers = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    replaying = config.needs_teacher and len(config.data.tasks) > 1
+    if config.train.micro_batch != AUTO or world.device.type != "cuda" or not replaying:
+        return
+    if config.replay.placement is Placement.subprocess:
+        own = {f"cuda:{gpu}" for gpu in (visible_gpus(os.environ) or range(node_gpus()))[:trainers]}
+        shared = own & {sidecar_device(config, world, worker) for worker in range(config.replay.workers)}
+        if shared:
+            raise ConfigError(
+                f"train.micro_batch=auto: a sampler will share {min(shared)} with a trainer, and how much of its "
+                "memory that takes is not known; give train.micro_batch a number, or the sampler another replay.device"
+            )
 
 
 def trainer_threads(config: Config, role: Role) -> int:

@@ -18,7 +18,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config import Config, DataConfig, MethodName, OnStarved, Placement, Points, Precision, Schedule
+from trainer.config import AUTO, Config, DataConfig, MethodName, OnStarved, Placement, Points, Precision, Schedule
 from trainer.data.shards import IMAGE_LIMIT
 from trainer.data.tasks import split_classes
 from trainer.errors import ConfigError, one_line
@@ -130,7 +130,10 @@ def config_from_run(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def as_plain(config: Config) -> dict[str, Any]:
     """Nested dict of plain values (enums by name), as `config.yaml` keeps them."""
-    return _plain(asdict(config))
+    plain = _plain(asdict(config))
+    if config.train.micro_batch == AUTO:
+        plain["train"]["micro_batch"] = "auto"
+    return plain
 
 
 def _plain(value: Any) -> Any:
@@ -199,6 +202,7 @@ def check_world(config: Config, trainers: int, cuda: bool) -> None:
         key = "replay.batch" if config.replay.batch else "train.global_batch"
         raise ConfigError(f"{key}={config.replay_batch}: does not divide over {trainers} trainer ranks")
     local, micro = train.global_batch // trainers, train.micro_batch
+    micro = 0 if micro == AUTO else micro  # what is found divides
     if micro and local % micro:
         raise ConfigError(f"train.micro_batch={micro}: does not divide a rank's {local} images per step")
     if micro and (config.replay_batch // trainers) % (local // micro):
@@ -228,7 +232,7 @@ def _check_numbers(config: Config) -> None:
         "checkpoint.keep tracking.profile_start"
     )
     natural = (
-        "train.micro_batch train.threads replay.batch replay.restarts replay.pool_shards replay.eta evaluation.eta "
+        "train.threads replay.batch replay.restarts replay.pool_shards replay.eta evaluation.eta "
         "replay.guidance evaluation.guidance "
         "optimizer.eps optimizer.weight_decay optimizer.warmup_images optimizer.clip_norm method.distillation_weight "
         "method.rehearsal_coefficient checkpoint.every_images model.dropout tracking.wandb_samples "
@@ -243,6 +247,7 @@ def _check_numbers(config: Config) -> None:
         _require(values[key] > 0, key, values[key], "must be above 0")
     for key in natural.split():
         _require(values[key] >= 0, key, values[key], "must not be negative")
+    _require(config.train.micro_batch >= AUTO, "train.micro_batch", config.train.micro_batch, "must not be negative")
     for key in (
         "optimizer.beta1",
         "optimizer.beta2",
@@ -422,11 +427,20 @@ def _merge(base: Any, settings: Iterable[Setting], where: str) -> Any:
         problem = _problem(value)
         if problem:
             raise ConfigError(f"{where}: {name}: {problem}")
-        extra.setdefault(section, {})[key] = value
+        extra.setdefault(section, {})[key] = _spelt_out(name, value, where)
     try:
         return OmegaConf.merge(base, extra)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {getattr(error, 'full_key', None) or 'a value'}: {one_line(error)}") from None
+
+
+def _spelt_out(name: str, value: Any, where: str) -> Any:
+    """The one value that has a name in files and a number here."""
+    if name != "train.micro_batch":
+        return value
+    if value == AUTO:
+        raise ConfigError(f"{where}: {name}={value}: must not be negative; auto finds what fits")
+    return AUTO if value == "auto" else value
 
 
 def _problem(value: Any) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 import trainer.engine
 import trainer.partition
 from tests.distributed import toy
+from tests.distributed.loop_cases import choose_and_learn as choose_and_learn
 from tests.distributed.loop_cases import learn as learn
 from trainer.config import Config, OptimizerName, Precision
 from trainer.engine import Engine

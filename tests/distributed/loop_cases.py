@@ -15,11 +15,14 @@ from trainer.config import MethodName
 from trainer.data.shards import read_card
 from trainer.errors import UserError
 from trainer.loop import Trainer
+from trainer.micro_batch import largest_fitting
+from trainer.models.denoiser import Denoiser
 from trainer.models.teacher import read_card as read_teacher
 from trainer.position import checkpoints
 from trainer.preflight import prepare_data
 from trainer.run import RunDir
 from trainer.settings import load_config
+from trainer.steps import fresh_model
 from trainer.stop import Stopped
 from trainer.tracking.tracker import Tracker
 from trainer.world import World
@@ -50,6 +53,30 @@ class Poisoned:
     def loss(self, *arguments: Any) -> dict[str, torch.Tensor]:
         terms = self._method.loss(*arguments)
         return terms | {"loss": terms["loss"] * torch.nan} if self._hit() else terms
+
+
+class Full(torch.nn.Module):
+    """A model on a device without room for more than `most` images at once."""
+
+    def __init__(self, model: Denoiser, most: int) -> None:
+        super().__init__()
+        self.model, self.most = model, most
+
+    def blocks(self) -> list[torch.nn.Module]:
+        return self.model.blocks()
+
+    def forward(self, x: torch.Tensor, *arguments: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.model(x, *arguments)
+
+
+def choose_and_learn(world: World, root: str, name: str, settings: list[str], most: list[int]) -> dict[str, Any]:
+    """Train with the micro-batch that is found where rank r has room for most[r] images; with it, `found`."""
+    config = load_config("digits", [f"data.root={root}/data", *settings, "train.micro_batch=auto"])
+    config.method.name = MethodName.finetune
+    found = largest_fitting(config, world, lambda config: Full(fresh_model(config), most[world.rank]))
+    return learn(world, root, name, [*settings, f"train.micro_batch={found}"], []) | {"found": found}
 
 
 def learn(

@@ -19,8 +19,9 @@ from trainer import plan as planning
 from trainer.cli import run_main
 from trainer.config import Config, EmaConfig, Placement, Precision, TrainConfig, ZeroConfig
 from trainer.errors import ConfigError
+from trainer.memory import state_bytes
 from trainer.models.denoiser import build_denoiser
-from trainer.plan import make_plan, rich_plan, size, state_bytes
+from trainer.plan import make_plan, rich_plan, size
 from trainer.settings import load_config
 from trainer.steps import count_parameters
 
