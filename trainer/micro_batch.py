@@ -21,7 +21,7 @@ from trainer.data.batch import Examples
 from trainer.data.shards import write_atomic
 from trainer.engine import BUCKET_NUMEL, DTYPES
 from trainer.errors import ToldElsewhere, UserError
-from trainer.memory import FP32, limited_memory, state_bytes
+from trainer.memory import WIDTH, limited_memory, state_bytes
 from trainer.methods import Rehearsal, build_method
 from trainer.replay.memory import free_memory, is_out_of_memory
 from trainer.replay.state import read_json
@@ -200,5 +200,5 @@ def beside_bytes(config: Config, ranks: int) -> int:
     if config.zero.stage:
         held += min(parameters, BUCKET_NUMEL) * DTYPES[config.train.precision].itemsize
     if config.needs_teacher and config.replay.placement is Placement.inline:
-        held += FP32 * parameters
+        held += WIDTH[config.replay.precision] * parameters
     return held
