@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn.functional import mse_loss
 
 from speed.peers import move
 from speed.plain import BATCHES
@@ -20,7 +21,6 @@ from trainer.data.stream import HostBatch
 from trainer.engine import Engine
 from trainer.kernels.philox import normal, timesteps, uniform
 from trainer.loop import Trainer
-from trainer.methods.base import squared_error
 from trainer.replay.source import ReplaySource
 from trainer.run import RunDir
 from trainer.seeds import derive
@@ -40,7 +40,7 @@ def engine_training(turns: Turns, *, sizes: Sizes, directory: Path, seed: int, s
     turns.start()
     while True:
         for x, t, label, target in batches:
-            loss = squared_error(engine.model(x, t, label), target)
+            loss = mse_loss(engine.model(x, t, label).float(), target.float())
             engine.backward(loss)
             engine.step()
             turns.marks("rest")

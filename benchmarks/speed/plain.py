@@ -9,13 +9,13 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from speed.reference import exact
 from speed.sizes import Sizes, make_config, random_examples
 from speed.turns import Turns
 from trainer.config import Config
 from trainer.engine import DTYPES, make_optimizer
-from trainer.methods.base import squared_error
 from trainer.steps import fresh_model
 from trainer.world import World, join_world
 
@@ -48,7 +48,7 @@ class PlainTraining:
         for part in range(self.parts):
             rows = slice(part * size, (part + 1) * size)
             self.mark("forward")
-            loss = squared_error(self.predict(x[rows], t[rows], label[rows]), target[rows]) / self.parts
+            loss = mse_loss(self.predict(x[rows], t[rows], label[rows]).float(), target[rows].float()) / self.parts
             self.mark("backward")
             loss.backward()
             losses.append(loss.detach())
