@@ -161,7 +161,9 @@ def load_teacher(
     card = read_card(directory)
     path = directory / WEIGHTS_NAME
     if (found := _sha256(path)) != card.teacher_id:
-        raise UserError(f"{path}: sha256 {found[:12]}, its card says {card.teacher_id[:12]}: damaged or replaced")
+        raise UserError(
+            f"{path}: sha256 {found[:12]}, its card says {one_line(card.teacher_id[:12])}: damaged or replaced"
+        )
     with torch.device("meta"):  # no initial values: they would cost time and draws of torch's generator
         model = build_denoiser(
             card.model_config, image_size=card.image_size, channels=card.channels, max_classes=card.max_classes
