@@ -116,8 +116,8 @@ def sum_case(per_sample: bool) -> Case:
         name="sum" + " per_sample" * per_sample,
         kernel=loss_triton._sum_kernel,
         pointers=dict.fromkeys(("sums", "weights", "loss", "means"), "fp32"),
-        integers=("first_sums", "sum_count"),
-        constants={"PER_SAMPLE": per_sample, "PARTS": 2, "PROGRAMS": 12, "BLOCK": loss_triton.SUM_BLOCK},
+        integers=("first_sums",),
+        constants={"PER_SAMPLE": per_sample, "PARTS": 2, "SUMS": 3072, "PROGRAMS": 12, "BLOCK": loss_triton.SUM_BLOCK},
         elements=loss_triton.SUM_BLOCK,
         num_warps=4,
         scalars=dict.fromkeys(names, "fp32"),
@@ -127,7 +127,7 @@ def sum_case(per_sample: bool) -> Case:
 def scale_case(kind: str) -> Case:
     """What comes after the loss in its gradient."""
     block = loss_triton.SCALE_BLOCK
-    pointers, constants = {"values": kind, "scale": "fp32"}, {"BLOCK": block}
+    pointers, constants = {"values": kind, "scale": "fp32"}, {"PROGRAMS": 1024, "REPEATS": 3, "BLOCK": block}
     return Case(f"scale {kind}", loss_triton._scale_kernel, pointers, ("count",), constants, block, 4)
 
 

@@ -86,9 +86,9 @@ def _sum_kernel(
     first_scale: tl.tensor,
     second_scale: tl.tensor,
     first_sums: tl.tensor,
-    sum_count: tl.tensor,
     PER_SAMPLE: tl.constexpr,
     PARTS: tl.constexpr,
+    SUMS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -96,9 +96,9 @@ def _sum_kernel(
     first = tl.zeros((BLOCK,), tl.float32)
     second = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, sum_count, BLOCK):
+    for start in range(0, SUMS, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        inside = place < sum_count
+        inside = place < SUMS
         values = tl.load(sums + place, mask=inside, other=0.0)
         is_first = place < first_sums
         first += tl.where(is_first, values, 0.0)
@@ -118,13 +118,20 @@ def _sum_kernel(
 
 
 @triton.jit
-def _scale_kernel(values: tl.tensor, scale: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
+def _scale_kernel(
+    values: tl.tensor,
+    scale: tl.tensor,
+    count: tl.tensor,
+    PROGRAMS: tl.constexpr,
+    REPEATS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     """values *= scale, in place; a scale of one is told by the device itself, and touches nothing else."""
     factor = tl.load(scale).to(tl.float32)
     if factor != 1.0:
-        first = tl.program_id(0).to(tl.int64) * BLOCK
-        for start in range(first, count, tl.num_programs(0).to(tl.int64) * BLOCK):
-            place = start + tl.arange(0, BLOCK)
+        program = tl.program_id(0).to(tl.int64)
+        for repeat in range(REPEATS):
+            place = (program + repeat * PROGRAMS) * BLOCK + tl.arange(0, BLOCK)
             scaled = tl.load(values + place, mask=place < count).to(tl.float32) * factor
             tl.store(values + place, scaled.to(values.dtype.element_ty), mask=place < count)
 
@@ -184,9 +191,9 @@ def weighted_squared_error(
             scales[0],
             scales[-1],
             rows[0] * programs,
-            batch * programs,
             PER_SAMPLE=per_sample,
             PARTS=len(rows),
+            SUMS=batch * programs,
             PROGRAMS=programs,
             BLOCK=SUM_BLOCK,
         )
@@ -195,9 +202,11 @@ def weighted_squared_error(
 
 def scale_(values: Tensor, scale: Tensor) -> Tensor:
     """`values.mul_(scale)` for a contiguous tensor and a scalar on its device."""
+    blocks = triton.cdiv(values.numel(), SCALE_BLOCK)
+    programs = min(SCALE_PROGRAMS, blocks)
+    sizes = {"PROGRAMS": programs, "REPEATS": triton.cdiv(blocks, programs), "BLOCK": SCALE_BLOCK}
     with torch.cuda.device_of(values):
-        grid = (min(SCALE_PROGRAMS, triton.cdiv(values.numel(), SCALE_BLOCK)),)
-        _scale_kernel[grid](values, scale, values.numel(), BLOCK=SCALE_BLOCK)
+        _scale_kernel[(programs,)](values, scale, values.numel(), **sizes)
     return values
 
 
