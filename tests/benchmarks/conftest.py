@@ -1,18 +1,13 @@
-"""The fork server of the contenders: one for all tests here, and none left for those of other directories."""
+"""The contenders are forked from the server that also the end-to-end tests use: a process has one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from multiprocessing import forkserver
-from typing import Any
-
 import pytest
 
+from tests.end_to_end.zygote import start_server
 
-@pytest.fixture(scope="package", autouse=True)
-def own_fork_server() -> Iterator[None]:
-    """A process has one fork server, which imports what the first one to start it asked for."""
-    server: Any = forkserver._forkserver  # pyright: ignore[reportAttributeAccessIssue]
-    server._stop()
-    yield
-    server._stop()
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> None:
+    """Started first by whoever comes first; it imports what all of them need."""
+    start_server()
