@@ -135,11 +135,11 @@ class DiffusersSampling:
     @torch.no_grad()
     def sample(self, start: Tensor, label: Tensor, steps: int) -> Tensor:
         """Images from start noise (B, C, H, W)."""
-        self.scheduler.set_timesteps(steps, device=start.device)
+        self.scheduler.set_timesteps(steps)
         x = start.to(self.unet.dtype, memory_format=self.memory_format)
-        for t in self.scheduler.timesteps:
+        for t in self.scheduler.timesteps:  # on the CPU, as in the pipeline: nothing waits for the device
             prediction = self.model(x, t, class_labels=label).sample
-            x = self.scheduler.step(prediction, int(t), x, eta=0.0).prev_sample  # pyright: ignore[reportAttributeAccessIssue]
+            x = self.scheduler.step(prediction, t, x, eta=0.0).prev_sample  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
         return x
 
 
