@@ -1,6 +1,6 @@
 """All speed benchmarks on a GPU machine, one after the other, with a result file of each and a log.
 
-    python benchmarks/gpu.py --out DIR [--minutes 9.5] [kernels train_step zero sampler reader]
+    python benchmarks/gpu.py --out DIR [--minutes 9.5] [kernels train_step zero sampler reader compile_restart]
 
 Each has a time limit of its own; where one fails the next ones run all the same. Exit code 0 only when all ended well.
 """
@@ -24,7 +24,7 @@ BENCHMARKS = Path(__file__).resolve().parent
 MODULES = (
     *("torch", "triton", "torchvision", "deepspeed", "diffusers", "transformers", "omegaconf", "safetensors"),
     *("numpy", "scipy", "PIL", "rich", "hjson", "cpuinfo", "msgpack", "einops", "psutil", "tqdm", "yaml"),
-    *("pydantic", "requests"),
+    *("pydantic", "requests", "webdataset", "matplotlib"),
 )
 ENDED_WELL = "ended well"
 ENDINGS = {0: ENDED_WELL, 1: "a claim does not hold, or a part failed", 2: "wrong result, or wrong arguments"}
@@ -43,11 +43,12 @@ class Job:
 
 
 JOBS = {
-    "kernels": Job("kernels.py", (), 150, paced=False),
+    "kernels": Job("kernels.py", (), 240, paced=False),
     "train_step": Job("train_step.py", ("--parts", "peers,distillation"), 560),
     "zero": Job("train_step.py", ("--parts", "zero"), 500),
     "sampler": Job("sampler.py", (), 360),
-    "reader": Job("reader.py", (), 120, paced=False),
+    "reader": Job("reader.py", (), 240, paced=False),
+    "compile_restart": Job("compile_restart.py", (), 300, paced=False),
 }
 
 
