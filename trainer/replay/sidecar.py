@@ -370,6 +370,8 @@ def serve(
             torch.set_num_threads(threads)
             if target.type == "cpu":
                 os.nice(NICENESS)
+            elif target.index is not None:
+                torch.cuda.set_device(target)  # events and graph captures take the current device's stream
             torch.backends.cudnn.benchmark = False  # its choice of algorithm would differ from process to process
             Sampler(run, worker, workers, target, by_hand=by_hand, alive=alive, stop=stop).serve()
 
