@@ -155,6 +155,17 @@ def test_what_comes_after_the_loss_scales_the_gradient_once() -> None:
         loss.backward()
 
 
+def test_a_loss_scale_saves_small_gradients_of_fp16() -> None:
+    """Each is 2e-7 before it is scaled, where fp16 has steps of 6e-8."""
+    target = torch.randn(128, 3, 32, 32, generator=torch.Generator().manual_seed(3)).half()
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(4))
+    prediction = (target + 0.05 * noise).half().requires_grad_()
+    (weighted_squared_error(prediction, [target], [1.0])[0] * 2.0**16).backward()
+    expected = (prediction.detach().double() - target.double()) * (2.0**17 / target.numel())
+    assert prediction.grad is not None and prediction.grad.dtype is torch.float16
+    torch.testing.assert_close(prediction.grad.double(), expected, rtol=2.0**-10, atol=2.0**-24)
+
+
 def test_no_gradient_is_made_where_none_is_wanted() -> None:
     prediction = torch.zeros(2, 1, 2, 2, requires_grad=True)
     with torch.no_grad():

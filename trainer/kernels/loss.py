@@ -41,13 +41,19 @@ def weighted_squared_error(prediction: Tensor, targets: Sequence[Tensor], weight
     return loss, means
 
 
+def gradient_dtype(prediction: Tensor) -> torch.dtype:
+    """Of the gradient until it is scaled. A mean over a batch leaves 1e-6 of each difference, less than fp16 can tell
+    from zero: there the loss scale must come first."""
+    return torch.float32 if prediction.dtype == torch.float16 else prediction.dtype
+
+
 class _WeightedSquaredError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, weights: Weights, differentiable: bool, *targets: Tensor) -> Any:
         kernels = kernels_for(prediction, "loss")
         implementation = weighted_squared_error_reference if kernels is None else kernels.weighted_squared_error
         loss, means, gradient = implementation(prediction, targets, weights, with_gradient=differentiable)
-        ctx.gradient = gradient
+        ctx.gradient, ctx.dtype = gradient, prediction.dtype
         ctx.mark_non_differentiable(means)
         return loss, means
 
@@ -57,14 +63,16 @@ class _WeightedSquaredError(torch.autograd.Function):
         assert gradient is not None, "the gradient of this loss was given away already"
         kernels = kernels_for(gradient, "loss")
         scaled = gradient.mul_(grads[0]) if kernels is None else kernels.scale_(gradient, grads[0])
-        return scaled, *([None] * (len(ctx.needs_input_grad) - 1))
+        return scaled.to(ctx.dtype), *([None] * (len(ctx.needs_input_grad) - 1))
 
 
 def weighted_squared_error_reference(
     prediction: Tensor, targets: Sequence[Tensor], weights: Weights, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`weighted_squared_error` and its gradient, of the prediction's shape and type, in PyTorch operations."""
-    gradient = torch.empty_like(prediction, memory_format=torch.contiguous_format) if with_gradient else None
+    """`weighted_squared_error` and its gradient, of the shape of the prediction, in PyTorch operations."""
+    gradient = None
+    if with_gradient:
+        gradient = torch.empty(prediction.shape, dtype=gradient_dtype(prediction), device=prediction.device)
     losses, means, start = [], [], 0
     for part, target in enumerate(targets):
         rows = slice(start, start + len(target))

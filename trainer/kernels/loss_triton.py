@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainer.kernels.launch import Blocks, cut
+from trainer.kernels.loss import gradient_dtype
 
 MAX_COUNT = 2**31 - 1  # elements of a sample
 ENOUGH_PROGRAMS = 2048  # with more, each takes several blocks, so that there are fewer sums to add up
@@ -154,7 +155,7 @@ def weighted_squared_error(
     blocks = blocks or cut(count, prediction.dtype)
     repeats = _repeats(batch * blocks.count, blocks.count)
     programs = blocks.count // repeats
-    gradient = torch.empty_like(prediction) if with_gradient else None
+    gradient = torch.empty_like(prediction, dtype=gradient_dtype(prediction)) if with_gradient else None
     sums, loss, means = (
         prediction.new_empty(shape, dtype=torch.float32) for shape in (batch * programs, (), len(rows))
     )
