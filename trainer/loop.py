@@ -222,6 +222,7 @@ class Trainer:
     def halt(self, task: int) -> NoReturn:
         """Save where the run stands, and stop."""
         if self._saved_step != (task, self.position.step) and self.position.step:
+            self.performance.fetch(0.0, self.position.cost)  # the steps since the last log count, too
             self.save(task)
         self.engine.flush()
         self._publish_checkpoints()

@@ -62,3 +62,10 @@ def test_a_stop_that_one_rank_wants_is_everybodys(pools: Pools, tmp_path: Path) 
     assert stopped[0]["message"].startswith(f"stopped and saved in task 1 after {step * 16} images; the same command")
     resumed = learn(pools, tmp_path, "run")
     assert [rank["teacher"] for rank in resumed] == [rank["teacher"] for rank in whole]
+    assert computed(resumed) == pytest.approx(computed(whole)), "with the steps between the last log and the stop"
+
+
+def computed(ranks: list[dict[str, Any]]) -> float:
+    """What the model has computed over all attempts, in TFLOP, as the main rank counts it."""
+    cost = ranks[0]["account"]["cost"]
+    return cost["model_tflops"] * cost["train_seconds"]
