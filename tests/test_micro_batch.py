@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from trainer import micro_batch
 from trainer.config import AUTO, Config, MethodName
 from trainer.errors import ConfigError, UserError
 from trainer.memory import names_the_key
-from trainer.micro_batch import beside_bytes, choices, find, largest_fitting, settle
+from trainer.micro_batch import beside_bytes, choices, circumstances, find, largest_fitting, settle
 from trainer.run import RunDir
 from trainer.settings import as_plain, check_world, config_from_run, load_config, refused_changes, restore_config
 from trainer.steps import fresh_model
@@ -115,6 +116,17 @@ def test_the_largest_that_goes_through(
     assert [model.seen for model in models] == [tried]
     assert all(weight.grad is None for weight in models[0].parameters())
     assert torch.equal(torch.random.get_rng_state(), generator)
+
+
+def test_a_task_more_and_a_teacher_within_are_other_circumstances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of one task replays nothing: what fitted then may not once a second task is appended."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=1 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    around = [
+        circumstances(tiny(*overrides), ALONE)
+        for overrides in (["data.tasks=[[0,1]]"], [], ["replay.placement=inline"])
+    ]
+    assert around[0] != around[1] and around[1] != around[2]
 
 
 def test_a_model_that_fits_nowhere_is_told_of() -> None:

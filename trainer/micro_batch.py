@@ -63,7 +63,14 @@ def circumstances(config: Config, world: World) -> dict[str, Any]:
         "ranks": world.size,
         "stage": config.zero.stage,
         "activation_checkpointing": config.train.activation_checkpointing,
+        "rehearses": rehearses(config),
+        "teacher": config.needs_teacher and config.replay.placement is Placement.inline,
     }
+
+
+def rehearses(config: Config) -> bool:
+    """Whether any task has replay points beside its images: not a run of one task, which may be given more later."""
+    return build_method(config.method).rehearsal is not Rehearsal.none and len(config.data.tasks) > 1
 
 
 def find(
@@ -122,7 +129,7 @@ class Trial:
         self._config, self._device, self._ranks = config, world.device, world.size
         self._dtype = DTYPES[config.train.precision]
         self._method = build_method(config.method)
-        self._rehearses = self._method.rehearsal is not Rehearsal.none and len(config.data.tasks) > 1
+        self._rehearses = rehearses(config)
         self._build = build
         self._held: tuple[nn.Module, Tensor] | None = None
         self._stack = ExitStack()
