@@ -63,6 +63,7 @@ class GraphedPredict:
                 call()
         torch.cuda.current_stream(x.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Of a capture that is global, the calls of other threads are errors: an inline trainer's readers lock pages.
+        with torch.cuda.device(x.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = call()
         return _Captured(graph, inputs, output)
