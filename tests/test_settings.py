@@ -128,6 +128,15 @@ def test_refused_on_this_machine(overrides: list[str], trainers: int, key: str) 
         check_world(config, trainers, cuda=False)
 
 
+def test_a_run_from_before_there_was_a_key_goes_on(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "one.yaml", "data: {classes: 4}"), [])
+    old = as_plain(config)
+    del old["replay"]["guidance"], old["model"]["label_dropout"]
+    assert refused_changes(old, as_plain(config)) == []
+    config.replay.guidance = 2.0
+    assert refused_changes(old, as_plain(config)) == ["replay.guidance (1.0 -> 2.0)"]
+
+
 def test_what_may_change_between_attempts(tmp_path: Path) -> None:
     first = load_config("digits", ["data.tasks=[[0,1],[2,3]]"])
     again = load_config("digits", ["data.tasks=[[0,1],[2,3],[4,5]]", "zero.stage=2", "train.micro_batch=8"])

@@ -339,7 +339,8 @@ class Trainer:
             data = open_buffers([self.run.buffer(earlier) for earlier in range(1, task)], self.config.data.verify)
             stream = stack.enter_context(self._stream(data, task, self.config.replay_batch))
             used = self.position.replay.get(str(task), {}).get("points_used", 0)
-            return BufferSource(stream, self._preparer(f"buffer/{task}"), self.config.replay_batch, used)
+            batches = self.performance.timed(stream)
+            return BufferSource(batches, self._preparer(f"buffer/{task}"), self.config.replay_batch, used)
         request = self._request(task)
         assert request is not None
         self.position.teacher_id = request.teacher_id

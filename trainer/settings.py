@@ -150,15 +150,18 @@ def task_classes(data: DataConfig) -> list[list[int]]:
 
 
 def refused_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Keys in which a configuration differs from the run's so that it would be another run."""
-    before, after = dict(_flat(old)), dict(_flat(new))
+    """Keys in which a configuration differs from the run's so that it would be another run.
+
+    A key that the run's file does not have is younger than the run: its default is what was done before there was it.
+    """
+    before, after = dict(_flat(as_plain(Config()))) | dict(_flat(old)), dict(_flat(new))
     changed = [
         f"{one_line(key)} ({one_line(before.get(key))} -> {one_line(after.get(key))})"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not key.startswith(FREE_KEYS)
     ]
     tasks = before.get("data.tasks", [])
-    if not isinstance(tasks, list) or after["data.tasks"][: len(tasks)] != tasks:
+    if not isinstance(tasks, list) or not tasks or after["data.tasks"][: len(tasks)] != tasks:
         changed.append(f"data.tasks (the run's {one_line(tasks)} must come first)")
     return changed
 

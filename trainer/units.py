@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 ALIGNMENT = 128  # elements: every view starts at a multiple of 16 bytes, which vectorised loads need
+GRAPHS = 4  # of a block: with replay and without, the rest to spare
 FLAT = "flat"  # a unit's parameter is `<module>.flat`
 
 
@@ -125,6 +126,10 @@ class Units:
 
         Args: autotune: choose among more kernels by timing them (CUDA).
         """
+        import torch._dynamo.config as dynamo  # it takes a second, which most runs can do without
+
+        # Blocks of one class share their limit of graphs, beyond which they would run uncompiled.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS * len(self.units))
         # Static shapes: a batch of another size, with replay or without, gets a graph of its own.
         mode = "max-autotune-no-cudagraphs" if autotune else "default"
         compiled = partial(torch.compile, dynamic=False, mode=mode)

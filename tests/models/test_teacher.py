@@ -120,6 +120,14 @@ def test_bad_cards_are_named(tmp_path: Path, content: bytes | str) -> None:
         read_card(tmp_path)
 
 
+def test_a_card_from_before_there_was_a_key_is_read(tmp_path: Path) -> None:
+    card = _save(tmp_path)
+    old = asdict(card)
+    del old["model"]["label_dropout"]
+    (tmp_path / "card.json").write_text(json.dumps(old))
+    assert read_card(tmp_path) == card
+
+
 def test_card_of_another_model_is_refused(tmp_path: Path) -> None:
     card = _save(tmp_path)
     wide = asdict(replace(MODEL, channels=[16, 16]))

@@ -36,6 +36,59 @@ def test_the_shards_are_those_of_one_that_does_not(workplace: Any) -> None:
     assert made == list(range(len(expected))) and workplace.files() == expected
 
 
+def test_a_shard_is_written_when_the_next_ones_first_micro_batch_is_under_way(
+    workplace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler, written = ahead(workplace), list[int]()
+    request = sampler.current_request()
+    assert request is not None and request.shard_trajectories > request.sampler_batch
+    sample = sidecar.sample_trajectories
+
+    def sampled(*args: Any) -> Any:
+        written.append(len(workplace.files()))
+        return sample(*args)
+
+    monkeypatch.setattr(sidecar, "sample_trajectories", sampled)
+    sampler.make_shard(request, 0)
+    sampler.make_shard(request, 1)
+    assert written == [0, 0, 0, 1], "two micro-batches each"
+
+
+def test_a_shard_is_not_lost_when_the_next_one_fails(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = ahead(workplace)
+    request = sampler.current_request()
+    assert request is not None
+    sampler.make_shard(request, 0)
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(sidecar, "sample_trajectories", fails)
+    with pytest.raises(RuntimeError, match="illegal"):
+        sampler.make_shard(request, 1)
+    assert len(workplace.files()) == 1
+
+
+def test_short_of_memory_the_graphs_are_dropped(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would keep what the smaller micro-batch needs."""
+    sampler = workplace.sampler()
+    request = sampler.current_request()
+    model, schedule, _ = load_teacher(workplace.run.root / request.teacher, CPU)
+    graphed, forgotten = GraphedPredict(model), list[int]()
+    monkeypatch.setattr(graphed, "forget", lambda: forgotten.append(1))
+    sample = sidecar.sample_trajectories
+
+    def sampled(predict: Any, schedule: Any, request: Any, indices: Any, *rest: Any) -> Any:
+        if len(indices) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample(model, schedule, request, indices, *rest)
+
+    monkeypatch.setattr(sidecar, "sample_trajectories", sampled)
+    monkeypatch.setattr(sampler, "_open_teacher", lambda request: (graphed, schedule))
+    sampler.make_shard(request, 0)
+    assert forgotten and sampler.made == 1
+
+
 def test_serving_ends_with_everything_written(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = ahead(workplace)
     monkeypatch.setattr(sampler, "_rest", lambda request: sampler.stop.set())  # nothing is left to do

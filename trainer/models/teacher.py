@@ -107,6 +107,8 @@ def read_card(directory: Path) -> TeacherCard:
     names = {field.name for field in fields(TeacherCard)}
     if not isinstance(content, dict) or set(content) != names:
         raise UserError(f"{path}: not a teacher's card")
+    if isinstance(content["model"], dict):  # keys that are younger than the card: their defaults are what it meant
+        content["model"] = asdict(ModelConfig()) | content["model"]
     card = TeacherCard(**content)
     if not _well_formed(card):
         raise UserError(f"{path}: not a teacher's card (a field has a wrong type or an impossible value)")

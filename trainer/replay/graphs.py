@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,12 @@ class GraphedPredict:
 
     def __init__(self, call: Predict) -> None:
         self._call = call
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all graphs, and with them the memory that they hold on to."""
         self._captured: dict[tuple[object, ...], _Captured] = {}
+        self._pool: Any = None  # the graphs run one after the other: one memory serves all
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         key = x.shape, x.dtype, t.dtype, label is None, x.device
@@ -63,7 +69,8 @@ class GraphedPredict:
                 call()
         torch.cuda.current_stream(x.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         # Of a capture that is global, the calls of other threads are errors: an inline trainer's readers lock pages.
-        with torch.cuda.device(x.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.device(x.device), torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
             output = call()
         return _Captured(graph, inputs, output)

@@ -268,7 +268,9 @@ def read_request(path: Path) -> ReplayRequest:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: unreadable ({one_line(error)})") from None
     if not isinstance(content, dict) or content.get("schema") != REQUEST_SCHEMA:
-        raise UserError(f"{path}: not a replay request of schema {REQUEST_SCHEMA}")
+        raise UserError(
+            f"{path}: not a replay request of schema {REQUEST_SCHEMA}; remove {path.parent} to make it anew"
+        )
     names = {field.name: str(field.type) for field in fields(ReplayRequest)}
     for name, kind in names.items():
         if name not in content or type(content[name]).__name__ != kind.partition("[")[0]:

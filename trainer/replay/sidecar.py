@@ -19,6 +19,7 @@ from trainer.errors import UserError
 from trainer.replay.decode import shard_name
 from trainer.replay.drawn import Clock, Drawn, draw
 from trainer.replay.events import Event, EventLog
+from trainer.replay.graphs import GraphedPredict
 from trainer.replay.lock import refuse, say, stand_by, worker_lock
 from trainer.replay.manifest import Manifest
 from trainer.replay.memory import free_memory, is_out_of_memory
@@ -177,14 +178,15 @@ class Sampler:
         self.beat("sampling")
         predict, schedule = self._open_teacher(request)
         clock = Clock(self.device)
-        sampled = self._sample(predict, schedule, request, shard)
+        try:
+            sampled = self._sample(predict, schedule, request, shard)
+        finally:
+            self.finish_shard()  # the one before, where the first micro-batch of this one did not come so far
         if sampled is None:
             return
-        earlier, self._drawn = self._drawn, draw(request, shard, *sampled, clock)
+        self._drawn = draw(request, shard, *sampled, clock)
         if not self._ahead:
             self.finish_shard()
-        elif earlier is not None:
-            self._publish(earlier)
 
     def finish_shard(self) -> None:
         """Publish what is sampled and not published yet."""
@@ -283,6 +285,8 @@ class Sampler:
                 if micro_batch == 1 or not is_out_of_memory(error):
                     raise
                 reason = str(error).partition("\n")[0]
+            if isinstance(predict, GraphedPredict):
+                predict.forget()
             free_memory(self.device)  # here, not in the handler: the error's traceback holds on to tensors
             smaller = micro_batch // 2
             pool.micro_batch = min(pool.micro_batch, smaller)
@@ -306,6 +310,7 @@ class Sampler:
                 stop = min(start + micro_batch, count)
                 indices = np.arange(first + start, first + stop, dtype=np.int64)
                 batches.append(sample_trajectories(predict, schedule, request, indices, self.device, self._sampling))
+                self.finish_shard()  # the one before is written while the device works on this one
         return batches
 
     def _sampling(self) -> None:

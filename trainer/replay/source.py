@@ -95,8 +95,9 @@ class ReadySource:
 class InlineSource(ReadySource):
     """The papers' way: the training process itself samples one fresh trajectory for each replay point.
 
-    N + 1 evaluations of the teacher per point, N where the target is the noise. Position p uses trajectory p; points
-    are the same, up to the composition of the teacher's batches, as those of a pool with one point per trajectory.
+    N + 1 evaluations of the teacher per point (2 N + 1 guided), one less where the target is the noise. Position p uses
+    trajectory p; points are the same, up to the composition of the teacher's batches, as those of a pool with one point
+    per trajectory.
     """
 
     def __init__(

@@ -78,7 +78,7 @@ def sample_trajectories(
     `alive` is called at every evaluation of the network.
     """
     start = _trajectory_seeds(request, "start", indices, device)
-    label = torch.from_numpy(trajectory_labels(request, indices)).to(device)
+    label = torch.from_numpy(trajectory_labels(request, indices)).to(device, non_blocking=True)
     predict = teacher_call(teacher, alive)
     grid = timestep_grid(
         schedule.timesteps,
@@ -90,16 +90,16 @@ def sample_trajectories(
         schedule,
         normal(start, request.image_shape),
         label,
-        grid.to(device),
+        grid.to(device, non_blocking=True),
         eta=request.eta,
         guidance=request.guidance,
         null_label=request.null_label,
         clip=request.clip_sample,
         noise_seeds=_trajectory_seeds(request, "eta", indices, device) if request.eta > 0 else None,
     )
-    seeds = torch.from_numpy(point_seeds(request, "noise", indices)).to(device)
+    seeds = torch.from_numpy(point_seeds(request, "noise", indices)).to(device, non_blocking=True)
     if request.renoised:
-        t = torch.from_numpy(point_seeds(request, "timestep", indices)).to(device)
+        t = torch.from_numpy(point_seeds(request, "timestep", indices)).to(device, non_blocking=True)
         t = timesteps(t.reshape(-1), schedule.timesteps).view(t.shape)
         images = _end_point(path)
         targets = relabel(predict, schedule, images, seeds, t, label) if request.teacher_targets else None
@@ -142,7 +142,7 @@ def teacher_call(teacher: Predict, alive: Callable[[], None] | None = None) -> P
 
 def _trajectory_seeds(request: ReplayRequest, purpose: str, indices: Int64, device: torch.device) -> Tensor:
     seeds = derive(request.seed, f"replay-{purpose}/{request.task}", indices.astype(np.uint64))
-    return torch.from_numpy(seeds).to(device)
+    return torch.from_numpy(seeds).to(device, non_blocking=True)  # a plain copy would wait for all work before it
 
 
 def _end_point(path: Iterable[DDIMStep]) -> Tensor:
@@ -156,7 +156,7 @@ def _end_point(path: Iterable[DDIMStep]) -> Tensor:
 def _chosen_steps(request: ReplayRequest, indices: Int64, device: torch.device) -> Tensor:
     """Which P of the N steps each trajectory gives, ascending, (B, P): one drawn from each P-th part of the path."""
     count, steps = request.points_per_trajectory, request.steps
-    bounds = torch.tensor([point * steps // count for point in range(count + 1)], device=device)
+    bounds = torch.tensor([point * steps // count for point in range(count + 1)]).to(device, non_blocking=True)
     low, width = bounds[:-1], bounds.diff()
     draws = uniform(_trajectory_seeds(request, "choice", indices, device), count)
     return low + torch.minimum((draws * width).to(torch.int64), width - 1)
