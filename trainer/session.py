@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from trainer.allocator import keep_freed_memory
 from trainer.cli import USER_ERROR
 from trainer.compile_cache import use_compile_cache
 from trainer.config import AUTO, Config, Placement
@@ -49,6 +50,8 @@ def train(config: Config) -> int:
     role = split_ranks(os.environ, teachers)
     if role.kind == "teacher":
         return teach(config, run, role, cuda)
+    if not cuda:
+        keep_freed_memory()
     check_world(config, role.count, cuda)
     resolve_root(config)
     tie_to_launcher()

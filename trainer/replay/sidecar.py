@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from trainer.allocator import keep_freed_memory
 from trainer.data.shards import FULL_DISK
 from trainer.diffusion.samplers import Predict
 from trainer.diffusion.schedules import NoiseSchedule
@@ -374,6 +375,7 @@ def serve(
             target = open_device(device)
             torch.set_num_threads(threads)
             if target.type == "cpu":
+                keep_freed_memory()
                 os.nice(NICENESS)
             elif target.index is not None:
                 torch.cuda.set_device(target)  # events and graph captures take the current device's stream
