@@ -4,14 +4,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Trainer ranks of the demo: two where two cores and no GPU are there, or what DeepSpeed finds.
-RANKS ?= $(shell nvidia-smi -L >/dev/null 2>&1 || test "$$(nproc 2>/dev/null || echo 1)" -lt 2 || echo --num_gpus 2)
+# The demo takes two trainer ranks where there are two cores and no GPU, and else what DeepSpeed finds.
+DEMO_FLAGS ?= $(shell nvidia-smi -L >/dev/null 2>&1 || test "$$(nproc 2>/dev/null || echo 1)" -lt 2 || echo --num_gpus 2)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo install dev test test-all check format clean
 
 demo: install
-	$(BIN)/deepspeed $(RANKS) launch/train.py --config digits.yaml
+	$(BIN)/deepspeed $(DEMO_FLAGS) launch/train.py --config digits.yaml
 
 install: $(VENV)/.installed
 
