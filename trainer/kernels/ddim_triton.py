@@ -64,6 +64,17 @@ def _store(
 
 
 @triton.jit
+def _factors(coefficients: tl.tensor, batch: tl.tensor, number: tl.tensor) -> tuple[tl.tensor, ...]:
+    """Of a sample: 1 / signal, signal, sigma, signal', direction, spread."""
+    signal = tl.load(coefficients + number)
+    sigma = tl.load(coefficients + batch + number)
+    signal_next = tl.load(coefficients + 2 * batch + number)
+    direction = tl.load(coefficients + 3 * batch + number)
+    spread = tl.load(coefficients + 4 * batch + number)
+    return 1.0 / signal, signal, sigma, signal_next, direction, spread
+
+
+@triton.jit
 def _ddim_kernel(
     states: tl.tensor,
     predictions: tl.tensor,
@@ -102,12 +113,7 @@ def _ddim_kernel(
         m1 = inside & (e0 < count - quarter)
         m2 = inside & (e0 < count - 2 * quarter)
         m3 = inside & (e0 < count - 3 * quarter)
-    signal = tl.load(coefficients + number)
-    sigma = tl.load(coefficients + batch + number)
-    signal_next = tl.load(coefficients + 2 * batch + number)
-    direction = tl.load(coefficients + 3 * batch + number)
-    spread = tl.load(coefficients + 4 * batch + number)
-    factors = (1.0 / signal, signal, sigma, signal_next, direction, spread)
+    factors = _factors(coefficients, batch, number)
     state = states + row * count
     x0 = tl.load(state + e0, mask=m0)
     x1 = tl.load(state + e1, mask=m1)

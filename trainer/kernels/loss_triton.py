@@ -182,16 +182,13 @@ def weighted_squared_error(
             BLOCK=blocks.size,
             num_warps=blocks.num_warps,
         )
+        parts = given[0], given[-1], scales[0], scales[-1], rows[0] * programs
         _sum_kernel[(1,)](
             sums,
             table,
             loss,
             means,
-            given[0],
-            given[-1],
-            scales[0],
-            scales[-1],
-            rows[0] * programs,
+            *parts,
             PER_SAMPLE=per_sample,
             PARTS=len(rows),
             SUMS=batch * programs,
