@@ -1,17 +1,19 @@
 """Print what a configuration will start, without starting it.
 
 python launch/plan.py --config imagenet100.yaml --num_gpus 8 replay.devices_per_node=2
+python launch/plan.py --config imagenet100.yaml --measure
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from trainer.cli import config_parser, positive, run_main
-from trainer.plan import as_json, make_plan, rich_plan
+from trainer.plan import as_json, make_plan, rich_plan, with_supply
 from trainer.settings import load_config
 
 
@@ -21,11 +23,19 @@ def main(argv: list[str]) -> int:
         "--num_gpus", type=positive, help="ranks on this node, as for deepspeed; default: its GPUs, or 1"
     )
     parser.add_argument("--cuda", action="store_true", help="plan for a machine with these GPUs, not for this one")
+    rates = parser.add_mutually_exclusive_group()
+    rates.add_argument(
+        "--measure", action="store_true", help="time trainer and teacher here: how many teachers it takes"
+    )
+    rates.add_argument("--rates", type=Path, metavar="RUN_DIR", help="the same by what an earlier run has logged")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     options = parser.parse_intermixed_args(argv)
     launched = options.num_gpus or max(1, torch.cuda.device_count())
     gpus = launched if options.cuda else torch.cuda.device_count()
-    plan = make_plan(load_config(options.config, options.overrides), launched, gpus)
+    config = load_config(options.config, options.overrides)
+    plan = make_plan(config, launched, gpus)
+    if options.measure or options.rates:
+        plan = with_supply(plan, config, options.rates)
     if options.json:
         print(json.dumps(as_json(plan), indent=1))
     else:

@@ -34,6 +34,7 @@ from trainer.position import Position, checkpoint_path, parse_checkpoint, prune_
 from trainer.profiling import StepProfiler
 from trainer.pulse import Pulse
 from trainer.rehearsal import BufferSource
+from trainer.replay.devices import device_name
 from trainer.replay.events import Event, EventLog, count_events
 from trainer.replay.pool import discard
 from trainer.replay.request import ReplayRequest, make_request, write_request
@@ -136,7 +137,7 @@ class Trainer:
             self.prepare = self._preparer(f"current/{task}" if self.method.all_tasks else "current")
             replay = self._replay(task, stack)
             self._replay_source = replay
-            self.tracker.start_task(task, self.seen)
+            self.tracker.start_task(task, self.seen, self.machine())
             self.pulse.start()
             began = time.perf_counter()
             batches: Iterator[HostBatch] = stream
@@ -289,6 +290,11 @@ class Trainer:
                 f"{self.run.root}: {why}, after {self.seen} images (key train.max_skipped); the last checkpoint is "
                 "from before; take another run.name with a lower optimizer.lr or more optimizer.warmup_images"
             )
+
+    def machine(self) -> dict[str, Any]:
+        """What the rates in the log are those of."""
+        device = self.world.device
+        return {"device": device.type, "device_name": device_name(device), "ranks": self.world.size}
 
     def account(self) -> dict[str, Any]:
         """What the run has cost and what befell its replay, for metrics.json; on the main rank."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from trainer.config import Config, Placement
+from trainer.config import Config, OnStarved, Placement
 from trainer.disk import DiskNeed
 from trainer.errors import ConfigError
 from trainer.memory import WIDTH, state_bytes
+from trainer.rates import Supply, make_supply, measure_rates, rates_of_run
 from trainer.replay.devices import choose_devices
 from trainer.replay.request import estimate, plan_request
+from trainer.run import RunDir
 from trainer.settings import check_world
 from trainer.steps import count_parameters, steps_per_task
 
@@ -51,7 +53,7 @@ class Plan:
     """What one command will start; sizes in bytes.
 
     `memory` is by part, for each trainer rank, without activations. `sampler_memory` are the weights of one teacher,
-    also without activations; 0 when there is none.
+    also without activations; 0 when there is none. `supply`, whether the teachers are enough, is there once rates are.
     """
 
     run_directory: str
@@ -67,10 +69,17 @@ class Plan:
     memory: dict[str, int]
     sampler_memory: int
     disk: DiskNeed
+    on_starved: str
+    replays: bool
+    supply: Supply | None = None
 
     @property
     def memory_total(self) -> int:
         return sum(self.memory.values())
+
+    def devices(self, role: str) -> list[str]:
+        """Of all processes of one kind."""
+        return [device for process in self.processes if process.role == role for device in process.devices]
 
 
 def make_plan(config: Config, launched: int, gpus: int) -> Plan:
@@ -106,6 +115,40 @@ def make_plan(config: Config, launched: int, gpus: int) -> Plan:
         memory=memory,
         sampler_memory=sampler,
         disk=DiskNeed.of(config),
+        on_starved=config.replay.on_starved.value,
+        replays=config.needs_teacher and len(config.data.tasks) > 1,
+    )
+
+
+def with_supply(plan: Plan, config: Config, run: Path | None) -> Plan:
+    """The plan with what its teachers supply, by the rates of an earlier run, or, where that is None, measured here.
+
+    Raises:
+        UserError: rates of something else, or none, naming the file or key.
+    """
+    if not plan.replays:
+        why = f"method.name={plan.method}" if not config.needs_teacher else "data.tasks: one task alone"
+        raise ConfigError(f"{why}: replays nothing that a teacher makes, so there are no teacher devices to plan")
+    trainer = _kind(plan.devices("trainer")[0])
+    named = plan.devices("teacher")
+    teacher = _kind(named[0]) if named and config.replay.placement is not Placement.external else trainer
+    if run is None:
+        rates = measure_rates(config, plan.trainers, trainer, teacher)
+    else:
+        rates = rates_of_run(RunDir(run), config, trainer, teacher)
+    return replace(plan, supply=make_supply(config, rates, plan.trainers, _teacher_devices(plan)))
+
+
+def _kind(device: str) -> str:
+    return device.partition(":")[0]
+
+
+def _teacher_devices(plan: Plan) -> int:
+    """Teachers with a device of their own; several on one GPU count as one, on a CPU each has its threads."""
+    return sum(
+        len(set(process.devices)) if process.devices[0].startswith("cuda") else process.count
+        for process in plan.processes
+        if process.role == "teacher"
     )
 
 
@@ -167,13 +210,17 @@ def plan_tasks(config: Config) -> list[TaskPlan]:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """All of a plan as plain values."""
-    return asdict(plan) | {"memory_total": plan.memory_total, "disk_bytes": plan.disk.total}
+    """All of a plan as plain values; what `Supply` has stands beside the rest, null without measured rates."""
+    plain = asdict(plan) | {"memory_total": plan.memory_total, "disk_bytes": plan.disk.total}
+    del plain["supply"]
+    unknown = dict.fromkeys([field.name for field in fields(Supply)] + ["source"])
+    return unknown | plain | (plan.supply.as_json() if plan.supply else {})
 
 
 def rich_plan(plan: Plan) -> RenderableType:
     """A plan for people."""
-    return Group(_task_table(plan), _process_table(plan), _facts(plan))
+    tables = [_task_table(plan), _process_table(plan), _facts(plan)]
+    return Group(*tables, *([_supply_table(plan, plan.supply)] if plan.supply else []))
 
 
 def _task_table(plan: Plan) -> Table:
@@ -217,10 +264,69 @@ def _facts(plan: Plan) -> Table:
         ("disk for teachers and pipelines", size(disk.teachers_bytes)),
         ("disk at most, with replay", size(disk.total)),
     ]
-    table = Table(title="size", show_header=False)
+    if plan.replays and plan.supply is None:
+        facts.append(("teacher devices needed", "not known: add --measure, or --rates RUN_DIR of an earlier run"))
+    return _named("size", facts)
+
+
+def _supply_table(plan: Plan, supply: Supply) -> Table:
+    rates = supply.rates
+    alone = rates.images_per_second_without_replay
+    learns = f"{figure(rates.images_per_second)} real images a second"
+    learns += "" if alone is None else f"; {figure(alone)} without replay, as in the first task"
+    need = figure(supply.points_per_second * supply.evaluations_per_point)
+    points = f"{figure(supply.points_per_second)} replay points x {figure(supply.evaluations_per_point)} evaluations"
+    facts = [
+        ("a trainer device learns", learns),
+        ("it takes", f"{points} = {need} evaluations a second"),
+        ("a teacher device makes", f"{figure(rates.evaluations_per_second)} evaluations a second"),
+        *(_inline_facts(supply) if supply.inline_step_factor else _device_facts(plan, supply)),
+        ("source", rates.source),
+    ]
+    return _named("teachers, by measured rates", facts)
+
+
+def _inline_facts(supply: Supply) -> list[tuple[str, str]]:
+    factor = f"{figure(supply.inline_step_factor or 0)} times as long as with teachers on devices of their own"
+    return [("a step with inline replay", factor)]
+
+
+def _device_facts(plan: Plan, supply: Supply) -> list[tuple[str, str]]:
+    needed, made = supply.teacher_devices_needed or 0, supply.replay_share or 0.0
+    shared = set(plan.devices("trainer")) & set(plan.devices("teacher")) - {"cpu"}
+    busy = f"{needed}, busy {percent(supply.teacher_utilisation)} of the time"
+    late = {
+        OnStarved.wait.value: f"the trainers would wait {percent(supply.wait_share)} of the time",
+        OnStarved.fail.value: "the run would end (replay.on_starved=fail)",
+    }.get(plan.on_starved, f"the rest would come late (replay.on_starved={plan.on_starved})")
+    told = f"{percent(made)} of what is taken: {late}"
+    if made >= 1:
+        told = f"{figure(made)} times what is taken: nobody waits, but for the first shard of a task"
+    facts = [
+        ("teacher devices per trainer device", figure(supply.teacher_devices_per_trainer_device or 0)),
+        (f"needed, trainer devices: {supply.trainers}", busy),
+        (f"planned: {supply.teachers}", told),
+        ("first shard of a task", f"{figure(supply.first_shard_seconds or 0)} s after its teacher is loaded"),
+    ]
+    if shared:
+        facts.append(("", f"teachers share {', '.join(sorted(shared))} with trainers: neither is as fast there"))
+    return facts
+
+
+def _named(title: str, facts: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, show_header=False)
     for name, value in facts:
         table.add_row(name, value)
     return table
+
+
+def figure(value: float) -> str:
+    """A measured number for people: three digits count."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def percent(share: float | None) -> str:
+    return f"{figure(100 * (share or 0.0))} %"
 
 
 def size(count: int) -> str:

@@ -12,8 +12,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 COUNT_SECONDS = 60.0
@@ -83,6 +87,16 @@ def node_gpus() -> int:
     import torch  # seconds, and supervisors do without
 
     return _count_gpus() or torch.cuda.device_count()
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called where a measurement is told: the card's name, or the CPU with this process' threads."""
+    import torch  # seconds, and supervisors do without
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def child_device(device: str, environ: Mapping[str, str]) -> tuple[str, dict[str, str]]:

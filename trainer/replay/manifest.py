@@ -143,6 +143,17 @@ class Manifest:
             self.retired += content["event"] == "retired"
 
 
+def publications(directory: Path) -> list[ShardLine]:
+    """Every shard that was published in a pool, in that order, with those taken back since; [] without a manifest."""
+    try:
+        lines = (directory / MANIFEST_NAME).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    contents = [content for content in map(unseal, lines) if content is not None]
+    entries = [_entry(content) for content in contents if "event" not in content]
+    return [entry for entry in entries if entry is not None and entry.schema == MANIFEST_SCHEMA]
+
+
 def new_id() -> str:
     """A name for one publication, never given twice."""
     return secrets.token_hex(8)

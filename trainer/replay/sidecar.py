@@ -18,6 +18,7 @@ from trainer.diffusion.samplers import Predict
 from trainer.diffusion.schedules import NoiseSchedule
 from trainer.errors import UserError
 from trainer.replay.decode import shard_name
+from trainer.replay.devices import device_name
 from trainer.replay.drawn import Clock, Drawn, draw
 from trainer.replay.events import Event, EventLog
 from trainer.replay.graphs import GraphedPredict
@@ -122,6 +123,7 @@ class Sampler:
         """
         self.run, self.worker, self.workers, self.device = run, worker, workers, device
         self.by_hand, self.alive, self.stop = by_hand, alive, stop or Told()
+        self.device_name = device_name(device)
         self.events = EventLog(run, f"sampler-{worker}")
         self.began = time.time()
         self.made, self.evaluations, self.busy = 0, 0, 0.0
@@ -246,6 +248,7 @@ class Sampler:
             "time": now,
             "status": status,
             "device": str(self.device),
+            "device_name": self.device_name,
             "shards": self.made,
             "evaluations": self.evaluations,
             "evaluations_per_second": round(rate, 1),

@@ -43,10 +43,10 @@ class Tracker:
         self._log, self._progress, self._wandb = log, progress, wandb
         self._images_per_task = images_per_task
 
-    def start_task(self, task: int, seen: int = 0) -> None:
-        """Task `task` (from 1) begins, or goes on at `seen` images of it."""
+    def start_task(self, task: int, seen: int = 0, machine: Mapping[str, Any] | None = None) -> None:
+        """Task `task` (from 1) begins, or goes on at `seen` images of it; `machine`: on what, for the log."""
         if self._log:
-            self._log.append("task", {"task": task, "seen": seen})
+            self._log.append("task", {"task": task, "seen": seen, **(machine or {})})
         if self._progress:
             self._progress.start_task(task, seen)
 
