@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from trainer.config import Config
 from trainer.errors import UserError
-from trainer.plan import as_json, make_plan, with_supply
+from trainer.plan import Plan, as_json, make_plan, rich_plan, with_supply
 from trainer.rates import Rates, make_supply, measure_rates, rates_of_run
 from trainer.replay.manifest import Manifest, ShardLine, new_id
 from trainer.run import RunDir
@@ -145,7 +148,7 @@ def test_rates_of_a_run_by_hand(tmp_path: Path) -> None:
     assert found.images_per_second == pytest.approx((50 + 100) / (2 + 2))
     assert found.images_per_second_without_replay == pytest.approx(100 / 2)
     assert found.evaluations_per_second == pytest.approx(300 / 1.0)
-    for words in (str(tmp_path / "old"), "300 images", "2 x CPU, 1 thread", "3 shards", "300 evaluations"):
+    for words in (str(tmp_path / "old"), "300 images", "2 x CPU, 1 thread", "shards: 3", "300 evaluations"):
         assert words in found.source
 
 
@@ -238,6 +241,42 @@ def test_a_plan_with_the_rates_of_a_run(tmp_path: Path) -> None:
     assert content["teacher_devices_per_trainer_device"] == pytest.approx(0.25)
     assert (content["teacher_devices_needed"], content["trainers"], content["teachers"]) == (1, 4, 2)
     assert content["replay_share"] == pytest.approx(2) and str(run.root) in content["source"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "evaluations", "words"),
+    [
+        ((), 100.0, ["1, busy 80 % of the time", "1.25 times what is taken: nobody waits"]),
+        ((), 50.0, ["2, busy 80 % of the time", "62.5 % of what is taken: the trainers would wait 37.5 % of the time"]),
+        (("replay.on_starved=fail",), 50.0, ["62.5 % of what is taken: the run would end (replay.on_starved=fail)"]),
+        (("replay.on_starved=reuse",), 50.0, ["the rest would come late (replay.on_starved=reuse)"]),
+        (("replay.placement=inline",), 440.0, ["a step with inline replay", "2 times as long"]),
+    ],
+)
+def test_the_printed_plan_says_what_the_teachers_are_enough_for(
+    overrides: tuple[str, ...], evaluations: float, words: list[str]
+) -> None:
+    """40 images/s take 40 points/s, of 2 evaluations, or 11 in the loop."""
+    config = digits(*overrides)
+    plan = make_plan(config, 1, 0)
+    assert "--measure, or --rates" in printed(plan)
+    text = printed(replace(plan, supply=make_supply(config, rates(40, evaluations), 1, 1)))
+    assert all(word in text for word in [*words, "by hand", "40 real images a second"]) and "--measure" not in text
+
+
+def printed(plan: Plan) -> str:
+    console = Console(record=True, width=160, file=io.StringIO())
+    console.print(rich_plan(plan))
+    return console.export_text()
+
+
+def test_without_replay_there_is_nothing_to_measure() -> None:
+    for override in ("method.name=finetune", "data.tasks=[[0,1]]"):
+        config = digits(override)
+        plan = make_plan(config, 1, 0)
+        assert "--measure" not in printed(plan)
+        with pytest.raises(UserError, match=override.partition("=")[0]):
+            with_supply(plan, config, None)
 
 
 @pytest.mark.parametrize(

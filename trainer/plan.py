@@ -304,7 +304,7 @@ def _device_facts(plan: Plan, supply: Supply) -> list[tuple[str, str]]:
         told = f"{figure(made)} times what is taken: nobody waits, but for the first shard of a task"
     facts = [
         ("teacher devices per trainer device", figure(supply.teacher_devices_per_trainer_device or 0)),
-        (f"needed, trainer devices: {supply.trainers}", busy),
+        (f"needed for {supply.trainers} trainer device{'s' if supply.trainers > 1 else ''}", busy),
         (f"planned: {supply.teachers}", told),
         ("first shard of a task", f"{figure(supply.first_shard_seconds or 0)} s after its teacher is loaded"),
     ]

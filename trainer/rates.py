@@ -147,8 +147,8 @@ def rates_of_run(run: RunDir, config: Config, trainer: str, teacher: str) -> Rat
     last, count = learning[-1], round(sum(stretch.images * stretch.ranks for stretch in learning))
     took = sum(stretch.seconds for stretch in learning)
     source = (
-        f"{run.root}: {count:,} images learnt with replay on {last.ranks} x {last.device_name}, {took:.3g} s without "
-        f"the waits for replay; {len(shards)} shards of {evaluations:,} evaluations made on {device} in {seconds:.3g} s"
+        f"{run.root}: {count:,} images learnt with replay on {last.ranks} x {last.device_name}, {took:.3g} s "
+        f"without waits; replay shards: {len(shards)}, of {evaluations:,} evaluations on {device} in {seconds:.3g} s"
     )
     return Rates(_rate(learning), _rate(alone) if alone else None, evaluations / seconds, source)
 
