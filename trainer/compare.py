@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from trainer.cli import Parser, positive
-from trainer.config import MethodName
+from trainer.config import Config, MethodName
 from trainer.errors import UserError
 from trainer.run import RunDir
 from trainer.settings import as_plain, find_config, load_config, refused_changes, restore_config
@@ -199,6 +199,8 @@ def plan_runs(comparison: Comparison) -> list[Run]:
             own = [f"run.dir={comparison.out}", f"run.name={name}", f"run.seed={seed}"]
             overrides = [*comparison.overrides, *row.overrides, *own]
             config = load_config(comparison.config, overrides)
+            if not config.train.threads:
+                overrides += _shared_threads(comparison, overrides)
             directory = RunDir(comparison.out / name)
             run = Run(
                 row=row.name,
@@ -214,6 +216,15 @@ def plan_runs(comparison: Comparison) -> list[Run]:
     return runs
 
 
+def _shared_threads(comparison: Comparison, overrides: Sequence[str]) -> list[str]:
+    """The setting that shares the cores out between runs side by side: each alone would take all of them, and threads
+    that wait for one another's cores are many times slower. Nothing where one run goes alone, or the user has a say."""
+    if comparison.jobs == 1 or any(override.startswith("train.threads=") for override in overrides):
+        return []
+    cores = len(os.sched_getaffinity(0))
+    return [f"train.threads={max(1, cores // (comparison.jobs * comparison.num_gpus))}"]
+
+
 def _check_settings(run: Run, wanted: dict[str, Any]) -> None:
     path = run.directory.config
     if not path.exists():
@@ -225,11 +236,13 @@ def _check_settings(run: Run, wanted: dict[str, Any]) -> None:
 
 
 def _differences(held: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Keys in which a finished run differs. One that its file does not have is younger than it: its default counts."""
+    before = {section: defaults | held.get(section, {}) for section, defaults in as_plain(Config()).items()}
     return [
-        f"{section}.{key} ({held.get(section, {}).get(key)} -> {value})"
+        f"{section}.{key} ({before[section][key]} -> {value})"
         for section, values in wanted.items()
         for key, value in values.items()
-        if not f"{section}.{key}".startswith(INDIFFERENT) and held.get(section, {}).get(key) != value
+        if not f"{section}.{key}".startswith(INDIFFERENT) and before[section][key] != value
     ]
 
 

@@ -39,13 +39,13 @@ def test_every_kernel_is_checked_and_claimed(tmp_path: Path, capsys: pytest.Capt
     ids=lambda task: task.name,
 )
 def test_a_small_error_is_found(task: kernels.Task) -> None:
-    """One per cent in one element of the last result."""
+    """Three per cent in one element of the last result: more than bf16 may round."""
     given = task.inputs(4, CPU)
 
     def spoilt(**arguments: object) -> tuple[torch.Tensor, ...]:
         found = [part.clone() for part in task.ours(**arguments) if part is not None]
         place = found[-1].view(-1).abs().argmax()
-        found[-1].view(-1)[place] *= 1.01
+        found[-1].view(-1)[place] *= 1.03
         return (*found, None)[: max(2, len(found))]  # type: ignore[return-value]
 
     assert set(kernels.check(task, {"ours": task.ours}, given)) == {"ours"}

@@ -166,6 +166,54 @@ def test_a_run_with_other_settings_is_refused_before_anything_starts(tmp_path: P
     assert len(calls(out)) == 2
 
 
+def test_a_key_younger_than_a_finished_run_counts_as_its_default(tmp_path: Path, launcher: list[str]) -> None:
+    from omegaconf import OmegaConf
+
+    from trainer.settings import as_plain, load_config
+
+    out = tmp_path / "out"
+    comparison = a_comparison(out, rows=(Row("finetune", ("method.name=finetune",)),), seeds=(0,))
+    runs, _ = run_quietly(comparison, launcher)
+    held = as_plain(load_config("digits.yaml", runs[0].overrides))
+    del held["replay"]["solver"], held["evaluation"]
+    OmegaConf.save(OmegaConf.create(held), runs[0].directory.config)
+    settings = ("evaluation.samples=2000", "evaluation.steps=10")  # the defaults, where the file has others
+    run_quietly(replace(comparison, overrides=settings), launcher)
+    assert len(calls(out)) == 1
+    for override in ("replay.solver=dpmpp", "evaluation.solver=dpmpp"):
+        message = f"config.yaml: .*{override.partition('=')[0]} .ddim -> dpmpp"
+        with pytest.raises(UserError, match=message):
+            run_quietly(replace(comparison, overrides=(*settings, override)), launcher)
+
+
+def threads_of(comparison: Comparison) -> set[tuple[str, ...]]:
+    """What is said of threads in the commands of a comparison's runs."""
+    runs = plan_runs(comparison)
+    return {tuple(setting for setting in run.overrides if setting.startswith("train.threads")) for run in runs}
+
+
+@pytest.mark.parametrize(
+    ("cores", "jobs", "num_gpus", "threads"), [(16, 4, 1, 4), (16, 2, 2, 4), (7, 2, 1, 3), (2, 4, 1, 1)]
+)
+def test_runs_side_by_side_share_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, jobs: int, num_gpus: int, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    comparison = a_comparison(tmp_path / "out", jobs=jobs, num_gpus=num_gpus)
+    assert threads_of(comparison) == {(f"train.threads={threads}",)}
+    assert threads_of(replace(comparison, jobs=1)) == {()}
+
+
+def test_threads_that_somebody_chose_stay(tmp_path: Path) -> None:
+    comparison = a_comparison(tmp_path / "out", jobs=4)
+    for chosen in ("train.threads=3", "train.threads=0"):
+        assert threads_of(replace(comparison, overrides=(chosen,))) == {(chosen,)}
+    path = tmp_path / "mine.yaml"
+    text = (Path(compare.__file__).parent.parent / "configs" / "digits.yaml").read_text()
+    path.write_text(f"{text}\ntrain: {{threads: 3}}\n")
+    assert threads_of(replace(comparison, config=str(path))) == {()}
+
+
 def test_bad_settings_are_refused_before_anything_starts(tmp_path: Path, launcher: list[str]) -> None:
     out = tmp_path / "out"
     variant = Row("odd", ("method.name=joint", "train.images_per_task=-1"))
