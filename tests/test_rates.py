@@ -24,7 +24,8 @@ from trainer.settings import as_plain, load_config
 
 
 def digits(*overrides: str) -> Config:
-    return load_config("digits.yaml", list(overrides))
+    pool = [] if "replay.placement=inline" in overrides else ["replay.points_per_trajectory=10"]
+    return load_config("digits.yaml", [*pool, *overrides])
 
 
 def rates(images: float, evaluations: float) -> Rates:

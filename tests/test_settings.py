@@ -39,6 +39,9 @@ def test_an_empty_value_empties(tmp_path: Path) -> None:
         ["model.conditional=false", "model.max_classes=20"],
         ["replay.on_starved=wait", "replay.reuse_cap=2"],
         ["replay.placement=external", "replay.hang_timeout=9"],
+        ["replay.placement=inline", "replay.timesteps=stratified"],
+        ["replay.points=trajectory", "replay.timesteps=stratified", "replay.points_per_trajectory=9"],
+        ["replay.points=renoised", "replay.jitter=false"],
     ],
 )
 def test_settings_without_effect_are_refused(overrides: list[str]) -> None:
@@ -75,6 +78,7 @@ def test_config_is_also_looked_for_in_configs() -> None:
         ("replay.steps=2000", "replay.steps=2000"),
         ("replay.guidance=2", "replay.guidance=2.0: needs model.conditional=true and model.label_dropout above 0"),
         ("evaluation.guidance=0.5", "evaluation.guidance=0.5: needs .* model.label_dropout"),
+        ("replay.solver=euler", "replay.solver: Invalid value 'euler'"),
         ("evaluation.guidance=-1", "evaluation.guidance=-1.0: must not be negative"),
         ("model.label_dropout=1", "model.label_dropout=1.0"),
         ("model.max_classes=5", "model.max_classes=5"),
@@ -93,6 +97,8 @@ def test_refused_in_one_line(override: str, message: str) -> None:
         ["zero.stage=0", "train.precision=bf16"],
         ["method.name=generative_replay", "replay.points=trajectory"],
         ["replay.placement=inline", "replay.points=trajectory"],
+        ["method.name=generative_replay", "replay.points=both"],
+        ["replay.placement=inline", "replay.points=both"],
         ["replay.points=trajectory", "replay.steps=4", "replay.points_per_trajectory=5"],
         ["replay.placement=inline", "replay.reuse=2"],
         ["model.conditional=false", "model.label_dropout=0.1"],
@@ -102,6 +108,22 @@ def test_refused_in_one_line(override: str, message: str) -> None:
 def test_impossible_combinations(overrides: list[str]) -> None:
     with pytest.raises(ConfigError):
         load_config("digits", overrides)
+
+
+@pytest.mark.parametrize("section", ["replay", "evaluation"])
+def test_a_solver_without_noise_is_refused_it(section: str) -> None:
+    wanted = [f"{section}.solver=dpmpp", f"{section}.eta=0.5"]
+    with pytest.raises(ConfigError, match=rf"^{section}\.eta=0\.5: {section}\.solver=dpmpp adds no noise"):
+        load_config("digits", wanted)
+    other = {"replay": "evaluation", "evaluation": "replay"}[section]
+    load_config("digits", [wanted[0], f"{other}.eta=0.5"])
+
+
+def test_half_of_both_kinds_of_points_must_fit_on_the_path() -> None:
+    both = ["replay.points=both", "replay.steps=4"]
+    assert load_config("digits", [*both, "replay.points_per_trajectory=6", "replay.timesteps=stratified"])
+    with pytest.raises(ConfigError, match=r"replay\.points_per_trajectory=7: 4 of them .* replay\.steps=4"):
+        load_config("digits", [*both, "replay.points_per_trajectory=7"])
 
 
 def test_broken_yaml_names_the_file(tmp_path: Path) -> None:

@@ -69,6 +69,21 @@ class Placement(str, Enum):
 class Points(str, Enum):
     renoised = "renoised"
     trajectory = "trajectory"
+    both = "both"
+
+    def on_path(self, count: int) -> int:
+        """How many of a trajectory's `count` points lie on its path: its first ones. The others are re-noised."""
+        return {Points.renoised: 0, Points.both: (count + 1) // 2, Points.trajectory: count}[self]
+
+
+class Timesteps(str, Enum):
+    uniform = "uniform"
+    stratified = "stratified"
+
+
+class Solver(str, Enum):
+    ddim = "ddim"
+    dpmpp = "dpmpp"  # DPM-Solver++(2M)
 
 
 class OnStarved(str, Enum):
@@ -203,11 +218,14 @@ class MethodConfig:
 class ReplayConfig:
     placement: Placement = Placement.subprocess
     points: Points = Points.renoised
-    steps: int = 10  # DDIM steps N of a trajectory
-    eta: float = 0.0
+    timesteps: Timesteps = Timesteps.uniform  # of a path's R renoised points; stratified: one in each R-th of all
+    jitter: bool = True  # of the timesteps of a path that gives points; without, all paths have the same
+    steps: int = 10  # sampling steps N of a trajectory
+    solver: Solver = Solver.ddim
+    eta: float = 0.0  # ddim: 0 deterministic, 1 as noisy as DDPM
     guidance: float = 1.0  # of the paths by the class (Ho and Salimans 2022), by two evaluations a step; 1: off
     clip_sample: bool = True  # clip the predicted x_0 to [-1, 1] while sampling
-    points_per_trajectory: int = 10  # inline makes one: each of its points has a trajectory of its own
+    points_per_trajectory: int = 50  # inline makes one: each of its points has a trajectory of its own
     reuse: int = 1  # times each stored point may be used
     batch: int = 0  # replay points per step over all ranks; 0: train.global_batch
     shard_trajectories: int = 128  # trajectories per replay shard
@@ -235,7 +253,8 @@ class EvaluationConfig:
     extractor_path: str = ""  # local weights of inception or dinov2; empty: their libraries' cache
     classifier_epochs: int = 10
     samples: int = 2000  # generated images per evaluation, over all seen classes
-    steps: int = 10  # DDIM steps
+    steps: int = 10  # sampling steps
+    solver: Solver = Solver.ddim
     eta: float = 0.0
     guidance: float = 1.0  # as replay.guidance
     batch: int = 500

@@ -126,7 +126,8 @@ class Judge:
     def _origin(self, task: int) -> dict[str, Any]:
         """What a row's samples come from."""
         settings = self.config.evaluation
-        sampler = {"steps": settings.steps, "eta": settings.eta, "guidance": settings.guidance}
+        sampler = {name: getattr(settings, name) for name in ("steps", "eta", "guidance")}
+        sampler["solver"] = settings.solver.value
         return {"task": task, "sampler": sampler}
 
     def _row(self, task: int) -> dict[str, Any] | None:
@@ -153,6 +154,7 @@ class Judge:
             draw=task,
             shape=(config.data.channels, config.data.image_size, config.data.image_size),
             steps=config.evaluation.steps,
+            solver=config.evaluation.solver,
             eta=config.evaluation.eta,
             guidance=config.evaluation.guidance,
             batch=config.evaluation.batch,

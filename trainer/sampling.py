@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from trainer.config import Solver
 from trainer.errors import UserError
 from trainer.evaluation.generate import Sampling, generate
 from trainer.models.teacher import CARD_NAME, TeacherCard, load_teacher
@@ -32,6 +33,7 @@ class Request:
     classes: tuple[int, ...] = ()
     count: int = 64
     steps: int = 50
+    solver: Solver = Solver.ddim
     guidance: float = 1.0
     seed: int = 0
     device: str = ""
@@ -83,6 +85,7 @@ def sample(request: Request) -> list[Path]:
         draw=0,
         shape=(card.channels, card.image_size, card.image_size),
         steps=request.steps,
+        solver=request.solver,
         guidance=request.guidance,
         batch=BATCH,
     )

@@ -18,7 +18,18 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config import AUTO, Config, DataConfig, MethodName, OnStarved, Placement, Points, Precision, Schedule
+from trainer.config import (
+    AUTO,
+    Config,
+    DataConfig,
+    MethodName,
+    OnStarved,
+    Placement,
+    Points,
+    Precision,
+    Schedule,
+    Solver,
+)
 from trainer.data.shards import IMAGE_LIMIT
 from trainer.data.tasks import split_classes
 from trainer.errors import ConfigError, one_line
@@ -262,6 +273,10 @@ def _check_numbers(config: Config) -> None:
         _require(0 <= values[key] < 1, key, values[key], "must be in [0, 1)")
     for key in ("replay.eta", "evaluation.eta"):
         _require(values[key] <= 1, key, values[key], "must be in [0, 1]")
+    for name, section in (("replay", config.replay), ("evaluation", config.evaluation)):
+        noisy = section.eta > 0 and section.solver is not Solver.ddim
+        why = f"{name}.solver={section.solver.value} adds no noise; take {name}.solver=ddim"
+        _require(not noisy, f"{name}.eta", section.eta, why)
     for key in ("replay.steps", "evaluation.steps"):
         _require(values[key] <= config.diffusion.timesteps, key, values[key], "more than diffusion.timesteps")
     betas = config.diffusion.beta_start, config.diffusion.beta_end
@@ -305,21 +320,18 @@ def _check_replay(config: Config) -> None:
         _require(config.method.buffer_per_class > 0, "method.buffer_per_class", 0, "leaves nothing to rehearse")
     if not config.needs_teacher:
         return
-    if replay.points is Points.trajectory:
+    if replay.points is not Points.renoised:
+        kind, count = replay.points.value, replay.points_per_trajectory
+        generative = config.method.name is MethodName.generative_replay
+        _require(not generative, "replay.points", kind, "generative_replay learns the noise it adds; take renoised")
+        _require(replay.placement is not Placement.inline, "replay.points", kind, "inline replay makes renoised")
+        on_path = replay.points.on_path(count)
         _require(
-            config.method.name is not MethodName.generative_replay,
-            "replay.points",
-            "trajectory",
-            "generative_replay learns the noise it adds itself; take renoised",
-        )
-        _require(
-            replay.placement is not Placement.inline, "replay.points", "trajectory", "inline replay makes renoised"
-        )
-        _require(
-            replay.points_per_trajectory <= replay.steps,
+            on_path < replay.steps,
             "replay.points_per_trajectory",
-            replay.points_per_trajectory,
-            f"a trajectory of replay.steps={replay.steps} has no more points",
+            count,
+            f"{on_path} of them lie on a trajectory of replay.steps={replay.steps}, which has {replay.steps - 1} "
+            "beside its start",
         )
     if replay.placement is Placement.inline:
         _require(replay.reuse == 1, "replay.reuse", replay.reuse, "inline replay samples each point afresh")
@@ -341,7 +353,8 @@ def _check_idle(config: Config, overrides: list[str]) -> None:
     idle = {
         Placement.inline: "replay.points_per_trajectory replay.shard_trajectories replay.pool_gb replay.workers "
         "replay.device replay.devices_per_node replay.threads replay.on_starved replay.timeout replay.restarts "
-        "replay.hang_timeout replay.pool_shards replay.low_watermark replay.retirement replay.reuse_cap",
+        "replay.hang_timeout replay.pool_shards replay.low_watermark replay.retirement replay.reuse_cap "
+        "replay.timesteps",
         Placement.external: "replay.workers replay.device replay.devices_per_node replay.threads replay.restarts "
         "replay.hang_timeout",
         Placement.ranks: "replay.workers replay.device",
@@ -358,6 +371,10 @@ def _check_idle(config: Config, overrides: list[str]) -> None:
         conditions.append(("train.autotune", "train.compile=false"))
     if not config.tracking.profile_steps:
         conditions.append(("tracking.profile_start", "tracking.profile_steps=0"))
+    if replay.points is Points.trajectory:
+        conditions.append(("replay.timesteps", "replay.points=trajectory"))
+    if replay.points is Points.renoised:
+        conditions.append(("replay.jitter", "replay.points=renoised"))
     if replay.on_starved is not OnStarved.reuse:
         conditions.append(("replay.reuse_cap", f"replay.on_starved={replay.on_starved.value}"))
     given = {override.partition("=")[0] for override in overrides}

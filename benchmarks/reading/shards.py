@@ -138,7 +138,7 @@ def write_replay(
     config = Config()
     config.data.image_size, config.data.channels, config.model.max_classes = size, 3, CLASSES
     config.replay.points, config.replay.points_per_trajectory = points, 10
-    config.replay.shard_trajectories, config.replay.steps = trajectories, 10
+    config.replay.shard_trajectories, config.replay.steps = trajectories, 11
     request = plan_request(config, 2, list(range(CLASSES)), 10**6)
     directory.mkdir(parents=True)
     offers = []
@@ -159,10 +159,16 @@ def _random_trajectories(request: ReplayRequest, shard: int, seed: int) -> Traje
         start_seeds=torch.randint(-(2**62), 2**62, (count,), generator=random),
         t=torch.randint(0, request.timesteps, (count, points), generator=random),
         seeds=torch.randint(-(2**62), 2**62, (count, points), generator=random),
-        images=torch.randn((count, *shape) if request.renoised else whole, generator=random).half(),
+        end=torch.randn((count, *shape), generator=random).half() if request.renoised_points else None,
+        states=_states(request, random) if request.path_points else None,
         targets=torch.randn(whole, generator=random).half(),
         evaluations=0,
     )
+
+
+def _states(request: ReplayRequest, random: torch.Generator) -> torch.Tensor:
+    shape = (request.shard_trajectories, request.path_points, *request.image_shape)
+    return torch.randn(shape, generator=random).half()
 
 
 class PointsByHand:
@@ -193,8 +199,8 @@ class PointsByHand:
             numbers = [record["label"], record["timesteps"][point], record["seeds"][point]]
             if numbers != [int(part[row]) for part in (stored.label, stored.t, stored.seeds)]:
                 return False
-            renoised = self.request.renoised
-            image = self.arrays["end.npy"][trajectory] if renoised else self.arrays["states.npy"][trajectory][point]
+            on_path = point < self.request.path_points
+            image = self.arrays["states.npy"][trajectory][point] if on_path else self.arrays["end.npy"][trajectory]
             target = self.arrays["targets.npy"][trajectory][point]
             if not np.array_equal(stored.images[row].numpy(), image):
                 return False

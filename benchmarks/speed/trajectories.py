@@ -42,8 +42,8 @@ class Trajectories:
 
 def of_batch(batch: TrajectoryBatch) -> Trajectories:
     """The first of a batch on its device."""
-    assert batch.targets is not None, "distillation has them"
-    parts = (batch.images, batch.targets, batch.start_seeds, batch.label, batch.t, batch.seeds)
+    assert batch.end is not None and batch.targets is not None, "distillation of re-noised points has them"
+    parts = (batch.end, batch.targets, batch.start_seeds, batch.label, batch.t, batch.seeds)
     return Trajectories(*(part[:PART] for part in parts))
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from trainer.config import DiffusionConfig, Prediction, Schedule
-from trainer.diffusion.samplers import DDIMStep, Predict, ddim, timestep_grid
+from trainer.diffusion.samplers import PathStep, Predict, sample_path, timestep_grid
 from trainer.diffusion.schedules import NoiseSchedule, make_schedule
 from trainer.errors import UserError
 from trainer.kernels.philox import fold_in, normal
@@ -29,7 +29,7 @@ def _start(batch: int = 3) -> Tensor:
     return torch.randn(batch, 2, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
-def _last(steps: list[DDIMStep]) -> Tensor:
+def _last(steps: list[PathStep]) -> Tensor:
     return steps[-1].x_next
 
 
@@ -47,15 +47,16 @@ def test_jittered_grid(steps: int) -> None:
     grid = timestep_grid(1000, steps, torch.arange(500))
     assert grid.shape == (500, steps) and grid.dtype == torch.int64
     assert bool((grid[:, 0] == 999).all()) and int(grid.min()) >= 0
-    edges = np.round(np.arange(steps, -1, -1) * 1000 / steps)
-    assert np.all(grid.numpy()[:, 1:] <= edges[1:-1] - 1) and np.all(grid.numpy()[:, 1:] >= edges[2:])
+    edges = np.round(np.arange(steps - 1, -1, -1) * 999 / max(1, steps - 1))
+    assert np.all(grid.numpy()[:, 1:] <= edges[:-1] - 1) and np.all(grid.numpy()[:, 1:] >= edges[1:])
     assert bool((grid.diff(dim=1) < 0).all())
 
 
-def test_jitter_covers_a_stratum_evenly_and_depends_on_its_seed_alone() -> None:
+def test_jitter_covers_what_lies_below_the_start_evenly_and_depends_on_its_seed_alone() -> None:
     grid = timestep_grid(1000, 10, torch.arange(20_000))
+    assert stats.chisquare(np.bincount(grid[:, 1:].flatten().numpy(), minlength=999)).pvalue > 1e-3
     for point in (1, 5, 9):
-        counts = np.bincount(grid[:, point].numpy() % 100, minlength=100)
+        counts = np.bincount(grid[:, point].numpy() % 111, minlength=111)
         assert stats.chisquare(counts).pvalue > 1e-3
     assert abs(np.corrcoef(grid[:, 4], grid[:, 5])[0, 1]) < 4 / 20_000**0.5
     assert torch.equal(timestep_grid(1000, 10, torch.tensor([77])), grid[77:78])
@@ -86,7 +87,9 @@ def test_paths_against_diffusers(kind: Schedule, prediction: Prediction, eta: fl
     scheduler.set_timesteps(steps)
     seeds, label = torch.tensor([5, -6, 7]), torch.tensor([0, 1, 2])
     grid = timestep_grid(1000, steps)
-    path = list(ddim(_predict, schedule, _start(), label, grid, eta=eta, clip=clip, noise_seeds=seeds, with_x0=clip))
+    path = list(
+        sample_path(_predict, schedule, _start(), label, grid, eta=eta, clip=clip, noise_seeds=seeds, with_x0=clip)
+    )
     assert len(path) == steps and torch.equal(path[0].x, _start())
     x = _start().double()
     for i, (step, t) in enumerate(zip(path, scheduler.timesteps, strict=True)):
@@ -119,10 +122,12 @@ def test_grids_of_their_own(eta: float) -> None:
     """A batch of jittered grids does what each sample does alone: bit for bit."""
     schedule, seeds, label = make_schedule(DiffusionConfig()), torch.tensor([3, 4, 5]), torch.tensor([0, 1, 2])
     grid = timestep_grid(1000, 7, torch.tensor([10, 20, 30]))
-    together = list(ddim(_predict, schedule, _start(), label, grid, eta=eta, noise_seeds=seeds))
+    together = list(sample_path(_predict, schedule, _start(), label, grid, eta=eta, noise_seeds=seeds))
     for i in range(3):
         one = slice(i, i + 1)
-        alone = list(ddim(_predict, schedule, _start()[one], label[one], grid[i], eta=eta, noise_seeds=seeds[one]))
+        alone = list(
+            sample_path(_predict, schedule, _start()[one], label[one], grid[i], eta=eta, noise_seeds=seeds[one])
+        )
         for a, b in zip(together, alone, strict=True):
             assert int(a.t[i]) == int(b.t[0]) and torch.equal(a.x_next[one], b.x_next)
 
@@ -142,7 +147,7 @@ def test_guided_paths_against_diffusers(prediction: Prediction, guidance: float)
         return _predict(x, t, label)
 
     grid = timestep_grid(1000, 10)
-    path = list(ddim(predict, schedule, _start(), label, grid, guidance=guidance, null_label=9))
+    path = list(sample_path(predict, schedule, _start(), label, grid, guidance=guidance, null_label=9))
     assert len(asked) == 20 and all(torch.equal(null, torch.full((3,), 9)) for null in asked[1::2])
     x = _start().double()
     for step, t in zip(path, scheduler.timesteps, strict=True):
@@ -156,8 +161,8 @@ def test_guided_paths_against_diffusers(prediction: Prediction, guidance: float)
 def test_guidance_of_one_asks_for_nothing_more() -> None:
     """Neither a second evaluation nor a label that stands for none; the path is the plain one to the bit."""
     schedule, label, grid = make_schedule(DiffusionConfig()), torch.tensor([0, 1, 2]), timestep_grid(1000, 5)
-    plain = list(ddim(_predict, schedule, _start(), label, grid))
-    guided = list(ddim(_predict, schedule, _start(), label, grid, guidance=1.0, null_label=9))
+    plain = list(sample_path(_predict, schedule, _start(), label, grid))
+    guided = list(sample_path(_predict, schedule, _start(), label, grid, guidance=1.0, null_label=9))
     assert all(torch.equal(a.x_next, b.x_next) for a, b in zip(plain, guided, strict=True))
 
 
@@ -181,7 +186,7 @@ def test_gaussian_data(kind: Schedule, prediction: Prediction) -> None:
     predict, errors = _gaussian_predict(schedule, 0.3, 0.2), []
     start = torch.tensor([0.0, 1.0])[:, None, None, None]
     for steps in (100, 1000):
-        x = _last(list(ddim(predict, schedule, start, None, timestep_grid(1000, steps), clip=False)))
+        x = _last(list(sample_path(predict, schedule, start, None, timestep_grid(1000, steps), clip=False)))
         mean, spread = float(x[0]), float(x[1] - x[0])
         errors.append(max(abs(mean - 0.3), abs(spread - 0.2)))
     # What is left at 1,000 steps: x_T of the linear schedule is not quite N(0, 1), signal_T = 0.006.
@@ -210,7 +215,7 @@ def test_gaussian_data_with_noise() -> None:
     start = normal(fold_in(seeds, 9999), (1, 1, 1))
     predict = _gaussian_predict(schedule, 0.3, 0.2)
     grid = timestep_grid(1000, 1000)
-    x = _last(list(ddim(predict, schedule, start, None, grid, eta=1.0, clip=False, noise_seeds=seeds)))
+    x = _last(list(sample_path(predict, schedule, start, None, grid, eta=1.0, clip=False, noise_seeds=seeds)))
     mean, spread = _ancestral_moments(0.3, 0.2)
     assert abs(mean - 0.3) < 1e-3 and abs(spread - 0.2) < 5e-3
     assert abs(float(x.mean()) - mean) < 4 * spread / count**0.5
@@ -224,9 +229,9 @@ def test_no_host_synchronisation_and_no_gradients() -> None:
     schedule = make_schedule(DiffusionConfig()).to(meta)
     seeds = torch.empty(3, dtype=torch.int64, device=meta)
     grid = timestep_grid(1000, 4, seeds)
-    path = list(ddim(_predict, schedule, _start().to(meta), seeds, grid, eta=1.0, noise_seeds=seeds))
+    path = list(sample_path(_predict, schedule, _start().to(meta), seeds, grid, eta=1.0, noise_seeds=seeds))
     assert len(path) == 4 and _last(path).shape == (3, 2, 4, 4)
     weight = torch.ones((), requires_grad=True)
     schedule = make_schedule(DiffusionConfig())
-    for step in ddim(lambda x, t, label: weight * x, schedule, _start(), None, timestep_grid(1000, 2)):
+    for step in sample_path(lambda x, t, label: weight * x, schedule, _start(), None, timestep_grid(1000, 2)):
         assert torch.is_grad_enabled() and not step.x_next.requires_grad

@@ -92,7 +92,7 @@ def test_a_guided_run_counts_what_guidance_costs(workplace: Workplace, whole: st
     assert code == 0, output
     result = workplace.metrics("guided")
     assert result["cost"]["teacher_evaluations"] == 192 * (2 * 3 + 1)
-    assert result["final"]["sampler"] == {"steps": 3, "eta": 0.0, "guidance": 1.5}
+    assert result["final"]["sampler"] == {"steps": 3, "solver": "ddim", "eta": 0.0, "guidance": 1.5}
     classes = json.loads((workplace.path / "runs/guided/tasks/2/pipeline/classes.json").read_text())
     assert classes["null_class"] == 10
 
@@ -155,7 +155,7 @@ def test_teacher_rank_beside_two_trainer_ranks(workplace: Workplace, whole: str,
         ("method.name=generative_replay", "model.conditional=false", "replay.placement=external"),
         ("method.name=generative_distillation", "replay.placement=inline", "train.micro_batch=8"),
         (
-            *("method.name=generative_distillation", "replay.points=trajectory", "replay.points_per_trajectory=3"),
+            *("method.name=generative_distillation", "replay.points=trajectory", "replay.points_per_trajectory=2"),
             "replay.placement=external",
         ),
     ],

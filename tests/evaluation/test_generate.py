@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
 from trainer.config import DiffusionConfig, ModelConfig
-from trainer.diffusion.samplers import ddim, timestep_grid
+from trainer.diffusion.samplers import sample_path, timestep_grid
 from trainer.diffusion.schedules import make_schedule
 from trainer.evaluation.generate import (
     Sampling,
@@ -78,7 +78,7 @@ def test_guided_samples_are_those_of_the_guided_path() -> None:
     assert asked is not None and not close(plain, guided)
     x = normal(torch.from_numpy(derive(5, "evaluation-start", indices.astype(np.uint64), 2)), (1, 8, 8))
     grid = timestep_grid(SCHEDULE.timesteps, 5)
-    *_, last = ddim(model, SCHEDULE, x, asked, grid, guidance=2.5, null_label=4)
+    *_, last = sample_path(model, SCHEDULE, x, asked, grid, guidance=2.5, null_label=4)
     assert close(((last.x_next + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), guided)
 
 

@@ -41,7 +41,10 @@ def random_batch(request: ReplayRequest, shard: int) -> TrajectoryBatch:
         start_seeds=torch.randint(-(2**62), 2**62, (count,), generator=random),
         t=torch.randint(0, request.timesteps, (count, points), generator=random),
         seeds=torch.randint(-(2**62), 2**62, (count, points), generator=random),
-        images=torch.randn(count, *shape, generator=random).half(),
+        end=torch.randn(count, *shape, generator=random).half() if request.renoised_points else None,
+        states=torch.randn(count, request.path_points, *shape, generator=random).half()
+        if request.path_points
+        else None,
         targets=torch.randn(count, points, *shape, generator=random).half(),
         evaluations=42,
     )

@@ -29,7 +29,10 @@ def assert_fits(shard: DecodedShard, request: ReplayRequest) -> None:
     assert shard.label.shape == (count,) and set(shard.label.tolist()) <= set(CLASSES)
     assert shard.t.shape == shard.seeds.shape == (count, points) and shard.t.dtype == shard.seeds.dtype == np.int64
     assert 0 <= shard.t.min() <= shard.t.max() < request.timesteps
-    assert shard.images.shape == (count, *shape) and shard.images.dtype == np.float16
+    if request.renoised_points:
+        assert shard.end is not None and shard.end.shape == (count, *shape) and shard.end.dtype == np.float16
+    if request.path_points:
+        assert shard.states is not None and shard.states.shape == (count, request.path_points, *shape)
     assert shard.targets is not None and shard.targets.shape == (count, points, *shape)
 
 

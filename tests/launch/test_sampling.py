@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.config import DiffusionConfig, ModelConfig
+from trainer import sampling
+from trainer.config import DiffusionConfig, ModelConfig, Solver
 from trainer.errors import UserError
 from trainer.models.denoiser import build_denoiser
 from trainer.models.teacher import save_teacher
@@ -50,6 +52,20 @@ def request(run: Path, **changes: object) -> Request:
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as picture:
         return np.asarray(picture)
+
+
+def test_the_command_takes_the_solver_that_it_is_given(run: Path) -> None:
+    main = runpy.run_path(str(Path(sampling.__file__).parent.parent / "launch" / "sample.py"))["main"]
+    options = ["--run", str(run), "--count", "2", "--steps", "5", "--device", "cpu"]
+    assert main([*options, "--out", str(run / "a"), "--solver", "dpmpp"]) == 0
+    assert main([*options, "--out", str(run / "b")]) == 0
+    for name, solver in (("a", Solver.dpmpp), ("b", Solver.ddim)):
+        expected = sample(request(run, out=run / solver.value, count=2, steps=5, solver=solver))
+        for path in expected:
+            assert np.array_equal(pixels(run / name / path.name), pixels(path))
+    assert not np.array_equal(pixels(run / "a" / "grid.png"), pixels(run / "b" / "grid.png"))
+    with pytest.raises(UserError, match=r"--solver: invalid choice: 'euler'"):
+        main([*options, "--out", str(run / "c"), "--solver", "euler"])
 
 
 def test_one_png_per_image_named_by_class_and_a_grid(run: Path) -> None:

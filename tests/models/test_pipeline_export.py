@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from trainer.config import DiffusionConfig, ModelConfig, Prediction, Schedule
-from trainer.diffusion.samplers import ddim, timestep_grid
+from trainer.diffusion.samplers import sample_path, timestep_grid
 from trainer.errors import UserError
 from trainer.models.denoiser import build_denoiser
 from trainer.models.pipeline import export_pipeline
@@ -74,7 +74,7 @@ def _teacher(directory: Path, model: ModelConfig, diffusion: DiffusionConfig, se
 def _ours(teacher: Path, start: torch.Tensor, label: torch.Tensor | None, guidance: float = 1.0) -> torch.Tensor:
     model, schedule, _ = load_teacher(teacher, "cpu")
     grid = timestep_grid(schedule.timesteps, STEPS)
-    *_, last = ddim(model, schedule, start, label, grid, guidance=guidance, null_label=model.null_label)
+    *_, last = sample_path(model, schedule, start, label, grid, guidance=guidance, null_label=model.null_label)
     return last.x_next
 
 

@@ -36,7 +36,10 @@ def shard_of(request: ReplayRequest, shard: int, longest: bool = False) -> bytes
         start_seeds=torch.randint(-(2**62), 2**62, (count,), generator=random),
         t=torch.randint(0, request.timesteps, (count, points), generator=random),
         seeds=seeds,
-        images=torch.randn((count, *(() if request.renoised else (points,)), *shape), generator=random).half(),
+        end=torch.randn((count, *shape), generator=random).half() if request.renoised_points else None,
+        states=torch.randn((count, request.path_points, *shape), generator=random).half()
+        if request.path_points
+        else None,
         targets=torch.randn((count, points, *shape), generator=random).half() if request.teacher_targets else None,
         evaluations=0,
     )
@@ -58,9 +61,16 @@ def by_hand(data: bytes) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
     return records, arrays
 
 
-@pytest.fixture(params=[Points.renoised, Points.trajectory])
+@pytest.fixture(params=list(Points))
 def request_(request: pytest.FixtureRequest, make_workplace: Any) -> ReplayRequest:
     return make_workplace(points=request.param, points_per_trajectory=3).request
+
+
+MEMBERS = {
+    "renoised": {"end.npy", "targets.npy"},
+    "trajectory": {"states.npy", "targets.npy"},
+    "both": {"end.npy", "states.npy", "targets.npy"},
+}
 
 
 @pytest.mark.parametrize("longest", [False, True])
@@ -73,18 +83,23 @@ def test_a_shard_is_what_its_tar_holds(request_: ReplayRequest, longest: bool) -
     lengths = {len(json.dumps(record, separators=(",", ":"))) // 512 for record in records}
     assert len(lengths) == (2 if longest else 1)
     whole = np.frombuffer(data, dtype=np.uint8)
-    assert np.shares_memory(decoded.images, whole) is not longest
     assert decoded.label.tolist() == [record["label"] for record in records]
     assert decoded.t.tolist() == [record["timesteps"] for record in records]
     assert decoded.seeds.tolist() == [record["seeds"] for record in records]
-    assert np.array_equal(decoded.images, arrays["end.npy" if request.renoised else "states.npy"])
-    assert decoded.targets is not None and np.array_equal(decoded.targets, arrays["targets.npy"])
+    found = {"end.npy": decoded.end, "states.npy": decoded.states, "targets.npy": decoded.targets}
+    assert {name for name, array in found.items() if array is not None} == arrays.keys() == MEMBERS[request.points]
+    for name, array in arrays.items():
+        assert np.array_equal(found[name], array)
+        assert np.shares_memory(found[name], whole) is not longest
 
 
 def test_a_shard_of_one_trajectory(request_: ReplayRequest) -> None:
     request = replace(request_, shard_trajectories=1)
     data = shard_of(request, 5)
-    assert np.array_equal(decode(request, 5, data).images, next(iter(by_hand(data)[1].values())))
+    decoded = decode(request, 5, data)
+    assert all(
+        np.array_equal(getattr(decoded, name.removesuffix(".npy")), array) for name, array in by_hand(data)[1].items()
+    )
 
 
 def test_points_are_those_of_their_positions(request_: ReplayRequest) -> None:
@@ -107,7 +122,9 @@ def test_points_are_those_of_their_positions(request_: ReplayRequest) -> None:
         assert record["trajectory"] == trajectory and int(stored.label[place]) == record["label"]
         assert int(stored.t[place]) == record["timesteps"][point]
         assert int(stored.seeds[place]) == record["seeds"][point]
-        image = arrays["end.npy"][row] if request.renoised else arrays["states.npy"][row][point]
+        state = {"renoised": False, "trajectory": True, "both": point < 2}[request.points]  # of 3 points
+        image = arrays["states.npy"][row][point] if state else arrays["end.npy"][row]
+        assert stored.on_path is None or (request.points == "both" and bool(stored.on_path[place]) == state)
         assert np.array_equal(stored.images[place].numpy(), image)
         assert np.array_equal(stored.targets[place].numpy(), arrays["targets.npy"][row][point])
 
@@ -135,4 +152,5 @@ def test_points_for_a_gpu_lie_in_page_locked_memory(request_: ReplayRequest) -> 
     one = np.zeros(1, dtype=np.int64)
     stored = gather(request_, [(one, decoded, one, one)], 1, pin=True)
     assert stored.targets is not None
-    assert all(part.is_pinned() for part in (stored.images, stored.targets, stored.t, stored.seeds, stored.label))
+    parts = (stored.images, stored.targets, stored.t, stored.seeds, stored.label, stored.on_path)
+    assert all(part.is_pinned() for part in parts if part is not None)

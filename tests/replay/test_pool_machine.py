@@ -76,7 +76,8 @@ def table(request: ReplayRequest, indices: np.ndarray[Any, Any]) -> TrajectoryBa
         start_seeds=whole((), 2**62),
         t=whole(points[:1], request.timesteps),
         seeds=whole(points[:1], 2**62),
-        images=half(request.image_shape),
+        end=half(request.image_shape),
+        states=None,
         targets=half(points),
         evaluations=1,
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from trainer.config import MethodName, OnStarved, Placement, Points
+from trainer.config import MethodName, OnStarved, Placement, Points, Solver, Timesteps
 from trainer.errors import ConfigError, UserError
 from trainer.replay.draws import draws
 from trainer.replay.request import estimate, make_request, plan_request, read_request, write_request
@@ -46,12 +47,72 @@ def test_in_the_loop_each_point_has_its_trajectory(make_workplace: Callable[...,
     assert cost == {"shards": 0, "trajectories": 160, "points": 160, "bytes": 0, "disk_bytes": 0, "evaluations": 800}
 
 
-@pytest.mark.parametrize("settings", [{}, {"points": Points.trajectory}, {"method": MethodName.generative_replay}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"points": Points.trajectory},
+        {"points": Points.both},
+        {"points": Points.both, "points_per_trajectory": 1},
+        {"points": Points.both, "points_per_trajectory": 6},
+        {"method": MethodName.generative_replay},
+    ],
+)
 def test_no_shard_is_larger_than_estimated(make_workplace: Callable[..., Any], settings: dict[str, Any]) -> None:
     workplace = make_workplace(**settings)
     workplace.fill(2)
     sizes = [len(data) for data in workplace.files().values()]
     assert len(sizes) == 2 and max(sizes) <= workplace.request.shard_bytes <= 1.2 * max(sizes)
+
+
+@pytest.mark.parametrize(
+    ("points", "count", "on_path", "evaluations"),
+    [
+        (Points.renoised, 3, 0, 4 + 3),
+        (Points.trajectory, 3, 3, 4),
+        (Points.both, 1, 1, 4),
+        (Points.both, 2, 1, 4 + 1),
+        (Points.both, 3, 2, 4 + 1),
+        (Points.both, 6, 3, 4 + 3),
+    ],
+)
+def test_points_of_each_kind_and_what_they_cost(
+    make_workplace: Callable[..., Any], points: Points, count: int, on_path: int, evaluations: int
+) -> None:
+    request = make_workplace(points=points, points_per_trajectory=count).request
+    assert (request.path_points, request.renoised_points) == (on_path, count - on_path)
+    assert request.evaluations_per_trajectory == evaluations
+    assert estimate(request)["evaluations"] == request.shards * 6 * evaluations
+
+
+def test_what_shapes_the_points_makes_another_pool(workplace: Any) -> None:
+    for name, value in (("points", Points.both), ("solver", Solver.dpmpp), ("timesteps", Timesteps.stratified)):
+        config = deepcopy(workplace.config)
+        setattr(config.replay, name, value)
+        other = plan_request(config, 2, workplace.request.classes, 20, teacher_id=workplace.request.teacher_id)
+        with pytest.raises(UserError, match=f"made with {'stratified' if name == 'timesteps' else name}="):
+            write_request(workplace.run, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"solver": "euler"}, "solver=euler"),
+        ({"solver": "dpmpp", "eta": 0.5}, "eta=0.5"),
+        ({"points": "neither"}, "points=neither"),
+        ({"points": "trajectory", "points_per_trajectory": 4}, "points_per_trajectory=4"),
+        ({"points": "both", "points_per_trajectory": 7}, "points_per_trajectory=7"),
+        ({"points": "both", "targets": "noise"}, "targets=noise"),
+        ({"schema": 4}, "schema 5"),
+    ],
+)
+def test_an_impossible_request_is_named(workplace: Any, changes: dict[str, Any], named: str) -> None:
+    path = workplace.run.replay_request(2)
+    stored = json.loads(path.read_bytes())
+    assert read_request(path).eta == 0.0
+    path.write_text(json.dumps(stored | changes))
+    with pytest.raises(UserError, match=f"{path}: .*{named}"):
+        read_request(path)
 
 
 def test_another_pool_is_refused_with_the_file(workplace: Any) -> None:
@@ -100,10 +161,16 @@ def test_a_pool_too_small_is_refused_with_the_key(workplace: Any) -> None:
 
 def test_impossible_combinations_are_refused(workplace: Any) -> None:
     config = workplace.config
-    config.replay.points, config.replay.points_per_trajectory = Points.trajectory, 5
-    with pytest.raises(ConfigError, match=r"replay.points_per_trajectory=5"):
+    config.replay.points, config.replay.points_per_trajectory = Points.trajectory, 4
+    with pytest.raises(ConfigError, match=r"replay.points_per_trajectory=4"):
+        plan_request(config, 2, [1], 20)
+    config.replay.points, config.replay.points_per_trajectory = Points.both, 7
+    with pytest.raises(ConfigError, match=r"replay.points_per_trajectory=7: 4 of them"):
         plan_request(config, 2, [1], 20)
     config.replay.points_per_trajectory, config.method.name = 3, MethodName.generative_replay
+    with pytest.raises(ConfigError, match=r"replay.points=both"):
+        plan_request(config, 2, [1], 20)
+    config.replay.points = Points.trajectory
     with pytest.raises(ConfigError, match=r"replay.points=trajectory"):
         plan_request(config, 2, [1], 20)
 

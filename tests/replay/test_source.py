@@ -60,7 +60,7 @@ def test_points_are_the_teachers_at_the_positions_of_the_step(workplace: Any, op
         )
         own, t, seed = trajectory[row] - micro, examples.t[row], batch.seeds[trajectory[row] - micro, point[row]]
         assert batch.t[own, point[row]] == t and batch.label[own] == examples.label[row]
-        x = schedule.signal[t] * batch.images[own].float() + schedule.sigma[t] * normal(seed[None], (1, 8, 8))[0]
+        x = schedule.signal[t] * batch.end[own].float() + schedule.sigma[t] * normal(seed[None], (1, 8, 8))[0]
         assert torch.equal(examples.x[row], x)
         assert torch.equal(examples.target[row], batch.targets[own, point[row]].float())
 
@@ -90,7 +90,7 @@ def test_generative_replay_learns_the_noise(
     assert 0.8 < target.std() < 1.5
 
 
-@pytest.mark.parametrize("points", [Points.renoised, Points.trajectory])
+@pytest.mark.parametrize("points", list(Points))
 def test_ranks_share_out_what_one_rank_would_use(
     make_workplace: Callable[..., Any], opened: Any, points: Points
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from trainer.config import MethodName, Points
+from trainer.config import MethodName, Points, Solver
 from trainer.errors import UserError
 from trainer.models.teacher import load_teacher
 from trainer.replay.teacher import open_teacher
@@ -31,9 +31,9 @@ def test_same_indices_same_bytes_and_other_indices_other_points(workplace: Any) 
     first, *_ = sample(workplace, [4, 5, 6, 7])
     again, *_ = sample(workplace, [4, 5, 6, 7])
     other, *_ = sample(workplace, [8, 9, 10, 11])
-    assert torch.equal(first.images, again.images) and torch.equal(first.targets, again.targets)
+    assert torch.equal(first.end, again.end) and torch.equal(first.targets, again.targets)
     assert torch.equal(first.seeds, again.seeds) and torch.equal(first.t, again.t)
-    assert not torch.equal(first.images, other.images)
+    assert not torch.equal(first.end, other.end)
     assert len({*first.seeds.flatten().tolist(), *other.seeds.flatten().tolist()}) == 2 * first.seeds.numel()
 
 
@@ -61,32 +61,32 @@ def test_end_points_are_those_of_diffusers(make_workplace: Callable[..., Any]) -
     with torch.no_grad():
         for t in reference.timesteps:
             x = reference.step(model(x, torch.full((3,), int(t)), batch.label), int(t), x).prev_sample
-    torch.testing.assert_close(batch.images.float(), x, atol=2e-3, rtol=2e-3)  # fp16 storage
+    torch.testing.assert_close(batch.end.float(), x, atol=2e-3, rtol=2e-3)  # fp16 storage
 
 
 def test_renoised_targets_are_the_teachers_at_the_stored_end_point(workplace: Any) -> None:
     batch, model, schedule = sample(workplace, [0, 1, 2, 3])
-    assert batch.images.shape == (4, 1, 8, 8) and batch.targets.shape == (4, 3, 1, 8, 8)
+    assert batch.end.shape == (4, 1, 8, 8) and batch.states is None and batch.targets.shape == (4, 3, 1, 8, 8)
     from trainer.kernels.philox import normal
 
     for point in range(3):
         t, noise = batch.t[:, point], normal(batch.seeds[:, point], (1, 8, 8))
         signal, sigma = (table[t][:, None, None, None] for table in (schedule.signal, schedule.sigma))
         with torch.no_grad():
-            direct = model(signal * batch.images.float() + sigma * noise, t, batch.label)
+            direct = model(signal * batch.end.float() + sigma * noise, t, batch.label)
         assert torch.equal(direct.half(), batch.targets[:, point])
     assert batch.targets.float().std() > 0.05  # a teacher that says something
 
 
 def test_trajectory_points_lie_on_the_path_with_the_teachers_predictions(make_workplace: Callable[..., Any]) -> None:
-    workplace = make_workplace(points=Points.trajectory, points_per_trajectory=4)
+    workplace = make_workplace(points=Points.trajectory, points_per_trajectory=3)
     batch, model, _ = sample(workplace, list(range(40)))
-    assert batch.images.shape == batch.targets.shape == (40, 4, 1, 8, 8)
-    assert (batch.t[:, 0] == 59).all() and (batch.t.diff(dim=1) < 0).all()
-    assert all(len(set(batch.t[:, point].tolist())) > 4 for point in (1, 2, 3))  # jittered
-    for point in range(4):
+    assert batch.end is None and batch.states.shape == batch.targets.shape == (40, 3, 1, 8, 8)
+    assert (batch.t < 59).all() and (batch.t.diff(dim=1) < 0).all(), "not the start, which all paths share"
+    assert all(len(set(batch.t[:, point].tolist())) > 4 for point in range(3))  # jittered
+    for point in range(3):
         with torch.no_grad():
-            direct = model(batch.images[:, point].float(), batch.t[:, point], batch.label)
+            direct = model(batch.states[:, point].float(), batch.t[:, point], batch.label)
         torch.testing.assert_close(direct, batch.targets[:, point].float(), atol=5e-3, rtol=5e-3)
 
 
@@ -96,12 +96,19 @@ def test_kept_points_of_a_path_are_distinct_and_cover_it(make_workplace: Callabl
     batch, *_ = sample(workplace, list(range(200)), request)
     assert (batch.t[:, 0] > batch.t[:, 1]).all()
     counts = Counter(batch.t.flatten().tolist())
-    assert sorted(counts) == [11, 23, 35, 47, 59] and min(counts.values()) > 40
+    assert sorted(counts) == [11, 23, 35, 47] and min(counts.values()) > 40
 
 
 @pytest.mark.parametrize(
     ("settings", "per_trajectory"),
-    [({}, 4 + 3), ({"method": MethodName.generative_replay}, 4), ({"points": Points.trajectory}, 4)],
+    [
+        ({}, 4 + 3),
+        ({"method": MethodName.generative_replay}, 4),
+        ({"points": Points.trajectory}, 4),
+        ({"points": Points.both}, 4 + 1),
+        ({"points": Points.both, "points_per_trajectory": 1}, 4),
+        ({"solver": Solver.dpmpp}, 4 + 3),
+    ],
 )
 def test_evaluations_are_what_the_network_was_called_for(
     make_workplace: Callable[..., Any], settings: dict[str, Any], per_trajectory: int
@@ -121,14 +128,18 @@ def test_guidance_shapes_the_paths_and_not_the_targets(make_workplace: Callable[
     workplace = make_workplace(points=points, label_dropout=0.1, guidance=3.0)
     guided, model, schedule = sample(workplace, [0, 1, 2, 3])
     plain, *_ = sample(workplace, [0, 1, 2, 3], replace(workplace.request, guidance=1.0, null_label=-1))
-    assert not torch.equal(guided.images, plain.images) and torch.equal(guided.start_seeds, plain.start_seeds)
-    assert (guided.evaluations, plain.evaluations) == ((4 * 11, 4 * 7) if points is Points.renoised else (32, 16))
+    parts = [("end", Points.trajectory), ("states", Points.renoised)]
+    for name in [name for name, without in parts if points is not without]:
+        assert not torch.equal(getattr(guided, name), getattr(plain, name))
+    assert torch.equal(guided.start_seeds, plain.start_seeds)
+    relabelled = {Points.renoised: 3, Points.trajectory: 0, Points.both: 1}[points]
+    assert (guided.evaluations, plain.evaluations) == (4 * (8 + relabelled), 4 * (4 + relabelled))
     for point in range(3):
         t = guided.t[:, point]
-        if points is Points.renoised:
-            states = renoise(schedule, guided.images, guided.seeds[:, point], t)[0]
+        if point >= 3 - relabelled:
+            states = renoise(schedule, guided.end, guided.seeds[:, point], t)[0]
         else:
-            states = guided.images[:, point].float()
+            states = guided.states[:, point].float()
         with torch.no_grad():
             found = guided.targets[:, point].float()
             torch.testing.assert_close(found, model(states, t, guided.label), atol=5e-3, rtol=5e-3)
@@ -156,7 +167,7 @@ def test_noisy_sampling_is_pure_too(make_workplace: Callable[..., Any]) -> None:
     workplace = make_workplace(eta=1.0)
     noisy, again = (sample(workplace, [0, 1, 2])[0] for _ in range(2))
     plain, *_ = sample(workplace, [0, 1, 2], replace(workplace.request, eta=0.0))
-    assert torch.equal(noisy.images, again.images) and not torch.equal(noisy.images, plain.images)
+    assert torch.equal(noisy.end, again.end) and not torch.equal(noisy.end, plain.end)
 
 
 def test_bf16_teacher_differs_a_little(make_workplace: Callable[..., Any]) -> None:

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.diffusion.samplers import ddim, timestep_grid
+from trainer.config import Solver
+from trainer.diffusion.samplers import sample_path, timestep_grid
 from trainer.diffusion.schedules import NoiseSchedule
 from trainer.kernels.philox import normal
 from trainer.seeds import derive
@@ -36,7 +37,7 @@ class SampledModel(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled: DDIM with `steps` steps (Song et al. 2021, arXiv 2010.02502).
+    """How images are sampled (`trainer.diffusion.samplers.sample_path`), with `steps` steps.
 
     `draw` tells evaluations of one run apart: the number of the task just learnt, or 0 to see the
     same start noise again.
@@ -46,6 +47,7 @@ class Sampling:
     draw: int
     shape: tuple[int, int, int]  # C, H, W
     steps: int
+    solver: Solver = Solver.ddim
     eta: float = 0.0
     guidance: float = 1.0  # 1: none; needs a model with a null label
     clip: bool = True
@@ -140,12 +142,13 @@ def _sample(
     x = normal(start, sampling.shape)
     grid = timestep_grid(schedule.timesteps, sampling.steps).to(device)
     noise_seeds = walk if sampling.eta > 0 else None
-    path = ddim(
+    path = sample_path(
         model,
         schedule,
         x,
         label,
         grid,
+        solver=sampling.solver,
         eta=sampling.eta,
         clip=sampling.clip,
         noise_seeds=noise_seeds,

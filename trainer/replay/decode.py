@@ -30,13 +30,14 @@ class Corrupt(Exception):
 
 @dataclass(frozen=True)
 class DecodedShard:
-    """The K trajectories of one shard; shapes as in `TrajectoryBatch`. Read-only; images and targets are views of the
+    """The K trajectories of one shard; shapes as in `TrajectoryBatch`. Read-only; the arrays in fp16 are views of the
     shard's bytes where its members lie at equal distances."""
 
     label: Int64
     t: Int64
     seeds: Int64
-    images: Float16
+    end: Float16 | None
+    states: Float16 | None
     targets: Float16 | None
 
 
@@ -58,10 +59,12 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 
 def decode(request: ReplayRequest, shard: int, data: bytes) -> DecodedShard:
     """The contents of a shard's tar. Raises Corrupt where a member is missing, surplus or not as it must be."""
-    image, points = request.image_shape, (request.points_per_trajectory, *request.image_shape)
-    shapes: dict[str, tuple[int, ...]] = {"end.npy": image} if request.renoised else {"states.npy": points}
+    image = request.image_shape
+    shapes: dict[str, tuple[int, ...]] = {"end.npy": image} if request.renoised_points else {}
+    if request.path_points:
+        shapes["states.npy"] = (request.path_points, *image)
     if request.teacher_targets:
-        shapes["targets.npy"] = points
+        shapes["targets.npy"] = (request.points_per_trajectory, *image)
     first = shard * request.shard_trajectories
     records: list[dict[str, Any]] = []
     starts: dict[str, list[int]] = {name: [] for name in shapes}  # of the numbers in the tar
@@ -82,7 +85,8 @@ def decode(request: ReplayRequest, shard: int, data: bytes) -> DecodedShard:
         label=np.array([record["label"] for record in records], dtype=np.int64),
         t=np.array([record["timesteps"] for record in records], dtype=np.int64),
         seeds=np.array([record["seeds"] for record in records], dtype=np.int64),
-        images=stacked["end.npy" if request.renoised else "states.npy"],
+        end=stacked.get("end.npy"),
+        states=stacked.get("states.npy"),
         targets=stacked.get("targets.npy"),
     )
 

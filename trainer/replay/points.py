@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.data.batch import Examples
 from trainer.diffusion.schedules import NoiseSchedule
-from trainer.replay.decode import DecodedShard
+from trainer.replay.decode import DecodedShard, Float16
 from trainer.replay.request import ReplayRequest
 from trainer.replay.trajectory import TrajectoryBatch, renoise
 
@@ -21,20 +21,19 @@ Int64 = NDArray[np.int64]
 @dataclass(frozen=True)
 class StoredPoints:
     """n replay points as stored: images (n, C, H, W) fp16 end points or states, targets fp16 or None for the noise;
-    t, seeds and label (n,) int64."""
+    t, seeds and label (n,) int64; on_path (n,) bool, which images are states, or None where all are of one kind."""
 
     images: Tensor
     targets: Tensor | None
     t: Tensor
     seeds: Tensor
     label: Tensor
+    on_path: Tensor | None
 
     def to(self, device: torch.device) -> StoredPoints:
-        targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
-        images, t, seeds, label = (
-            part.to(device, non_blocking=True) for part in (self.images, self.t, self.seeds, self.label)
-        )
-        return StoredPoints(images, targets, t, seeds, label)
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        here = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in here.items()})
 
 
 def gather(
@@ -47,23 +46,52 @@ def gather(
     numbers = torch.empty((3, count), dtype=torch.int64, pin_memory=pin)
     shape = (2 if request.teacher_targets else 1, count, *request.image_shape)
     pixels = torch.empty(shape, dtype=torch.float16, pin_memory=pin)
+    on_path = torch.empty(count, dtype=torch.bool, pin_memory=pin) if _mixed(request) else None
     label, t, seeds = numbers.numpy()
     images, targets = pixels[0].numpy(), pixels[1].numpy() if request.teacher_targets else None
     for places, shard, trajectories, points in parts:
         label[places] = shard.label[trajectories]
         t[places] = shard.t[trajectories, points]
         seeds[places] = shard.seeds[trajectories, points]
-        images[places] = shard.images[trajectories] if request.renoised else shard.images[trajectories, points]
+        _gather_images(images, places, shard, trajectories, points)
+        if on_path is not None:
+            on_path.numpy()[places] = points < request.path_points
         if targets is not None and shard.targets is not None:
             targets[places] = shard.targets[trajectories, points]
-    return StoredPoints(pixels[0], None if targets is None else pixels[1], numbers[1], numbers[2], numbers[0])
+    return StoredPoints(
+        pixels[0],
+        None if targets is None else pixels[1],
+        t=numbers[1],
+        seeds=numbers[2],
+        label=numbers[0],
+        on_path=on_path,
+    )
 
 
-def first_points(request: ReplayRequest, batch: TrajectoryBatch) -> StoredPoints:
-    """The first point of each trajectory of a fresh batch."""
-    images = batch.images if request.renoised else batch.images[:, 0]
+def _mixed(request: ReplayRequest) -> bool:
+    """Whether a trajectory has points of both kinds."""
+    return request.path_points > 0 and request.renoised_points > 0
+
+
+def _gather_images(out: Float16, places: Int64, shard: DecodedShard, trajectories: Int64, points: Int64) -> None:
+    """Put into out[places] the states of the points that lie on a path, the end points of the others."""
+    if shard.states is None:
+        assert shard.end is not None, "no points without images"
+        out[places] = shard.end[trajectories]
+    elif shard.end is None:
+        out[places] = shard.states[trajectories, points]
+    else:
+        state = points < shard.states.shape[1]
+        out[places[state]] = shard.states[trajectories[state], points[state]]
+        out[places[~state]] = shard.end[trajectories[~state]]
+
+
+def first_points(batch: TrajectoryBatch) -> StoredPoints:
+    """The first point of each trajectory of a fresh batch: all of one kind."""
+    images = batch.end if batch.states is None else batch.states[:, 0]
+    assert images is not None, "no points without images"
     targets = None if batch.targets is None else batch.targets[:, 0]
-    return StoredPoints(images, targets, batch.t[:, 0], batch.seeds[:, 0], batch.label)
+    return StoredPoints(images, targets, batch.t[:, 0], batch.seeds[:, 0], batch.label, on_path=None)
 
 
 def to_examples(
@@ -71,10 +99,12 @@ def to_examples(
 ) -> Examples:
     """Training pairs: x_t as stored, or rebuilt from end point and seed; the target as stored, or the noise (or v)."""
     points = points.to(device)
-    if request.renoised:
+    if request.renoised_points:
         x, noise = renoise(schedule, points.images, points.seeds, points.t, dtype)
     else:
         x, noise = points.images.to(dtype), None
+    if points.on_path is not None:
+        x = torch.where(points.on_path[:, None, None, None], points.images.to(dtype), x)
     target = noise if points.targets is None else points.targets.to(dtype)
     assert target is not None
     return Examples(x, points.t, target, points.label)

@@ -1,7 +1,7 @@
 """The replay pool: shards of trajectories, published whole and checked before use.
 
 One tar per shard, readable as any WebDataset: for each trajectory `<key>.json` (label, start seed, and of each point
-its timestep and noise seed) with `<key>.end.npy` or `<key>.states.npy`, and `<key>.targets.npy`, in fp16.
+its timestep and noise seed) with `<key>.end.npy`, `<key>.states.npy` or both, and `<key>.targets.npy`, in fp16.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ def encode(request: ReplayRequest, shard: int, batches: Sequence[TrajectoryBatch
     """
     samples: list[Sample] = []
     for batch in batches:
-        parts = {"end.npy" if request.renoised else "states.npy": batch.images}
-        if batch.targets is not None:
-            parts["targets.npy"] = batch.targets
-        arrays = {name: tensor.cpu().numpy() for name, tensor in parts.items()}
+        parts = {"end.npy": batch.end, "states.npy": batch.states, "targets.npy": batch.targets}
+        arrays = {name: tensor.cpu().numpy() for name, tensor in parts.items() if tensor is not None}
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise UserError(f"{request.teacher}: the teacher's samples of shard {shard} hold NaN or infinite numbers")
         for record, row in zip(_records(batch), range(len(batch.indices)), strict=True):

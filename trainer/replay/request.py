@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import Config, MethodName, OnStarved, Placement, Points, Precision, Retirement
+from trainer.config import Config, MethodName, OnStarved, Placement, Points, Precision, Retirement, Solver, Timesteps
 from trainer.data.shards import IMAGE_LIMIT, read_regular, write_atomic
 from trainer.errors import ConfigError, UserError, one_line
 from trainer.run import RunDir
@@ -22,7 +22,7 @@ from trainer.steps import checkpoint_interval
 if TYPE_CHECKING:
     from trainer.models.teacher import TeacherCard
 
-REQUEST_SCHEMA = 4
+REQUEST_SCHEMA = 5
 _BLOCK, _RECORD, _NPY_HEADER = 512, 10240, 128  # of tar and npy files
 # What may change between attempts without making another pool.
 _FREE_FIELDS = (
@@ -40,8 +40,10 @@ class ReplayRequest:
     """`tasks/<k>/replay/request.json`, for learning task `task` (>= 2) with the teacher of the task before.
 
     `classes` are the global ids of all classes the teacher knows, in their fixed order. `points` is "renoised" (an end
-    point x_0 and fresh noise) or "trajectory" (states on the DDIM path); `targets` is "teacher" (its prediction) or
-    "noise". `positions` replay points are used over the whole task, `step_positions` in each step, from `shards`
+    point x_0 and fresh noise), "trajectory" (states on the sampling path) or "both" (of a trajectory's points the first
+    half, rounded up, lie on its path, the others are re-noised); `targets` is "teacher" (its prediction) or "noise".
+    The R re-noised points of a trajectory have independent timesteps, or one in each R-th part of the schedule
+    (`stratified`). `positions` replay points are used over the whole task, `step_positions` in each step, from `shards`
     shards, each stored point `reuse` times. A shard holds `shard_trajectories` trajectories of `points_per_trajectory`
     points and is sampled in micro-batches of `sampler_batch`, its paths guided where `guidance` is not 1, against the
     predictions for `null_label` (-1: not guided). No more than `pool_bytes` of shards lie on disk at once;
@@ -60,7 +62,9 @@ class ReplayRequest:
     timesteps: int
     points: str
     targets: str
+    stratified: bool
     steps: int
+    solver: str
     eta: float
     guidance: float
     null_label: int
@@ -81,8 +85,13 @@ class ReplayRequest:
     schema: int = REQUEST_SCHEMA
 
     @property
-    def renoised(self) -> bool:
-        return self.points == Points.renoised.value
+    def path_points(self) -> int:
+        """Points of a trajectory that lie on its path; they are the first, the others are re-noised."""
+        return Points(self.points).on_path(self.points_per_trajectory)
+
+    @property
+    def renoised_points(self) -> int:
+        return self.points_per_trajectory - self.path_points
 
     @property
     def teacher_targets(self) -> bool:
@@ -106,15 +115,16 @@ class ReplayRequest:
     def evaluations_per_trajectory(self) -> int:
         """Network evaluations per image: the sampler's, two in each guided step, and one for each teacher target at a
         re-noised point."""
-        relabelled = self.points_per_trajectory if self.renoised and self.teacher_targets else 0
+        relabelled = self.renoised_points if self.teacher_targets else 0
         return self.steps * (1 if self.guidance == 1.0 else 2) + relabelled
 
     @property
     def shard_bytes(self) -> int:
         """Upper bound of the size of one shard's tar."""
         image = 2 * math.prod(self.image_shape)  # fp16
-        points = self.points_per_trajectory * image
-        arrays = [image if self.renoised else points] + ([points] if self.teacher_targets else [])
+        arrays = [image] if self.renoised_points else []
+        arrays += [self.path_points * image] if self.path_points else []
+        arrays += [self.points_per_trajectory * image] if self.teacher_targets else []
         longest = {
             "schema": REQUEST_SCHEMA,
             "trajectory": 2**63,
@@ -190,13 +200,15 @@ def plan_request(
         timesteps=config.diffusion.timesteps,
         points=replay.points.value,
         targets="noise" if config.method.name is MethodName.generative_replay else "teacher",
+        stratified=replay.timesteps is Timesteps.stratified,
         steps=replay.steps,
+        solver=replay.solver.value,
         eta=replay.eta,
         guidance=replay.guidance,
         null_label=-1 if replay.guidance == 1.0 or config.null_label is None else config.null_label,
         clip_sample=replay.clip_sample,
         points_per_trajectory=points,
-        jitter=replay.points is Points.trajectory,
+        jitter=replay.jitter and replay.points is not Points.renoised,
         shard_trajectories=replay.shard_trajectories,
         sampler_batch=replay.sampler_batch,
         precision=replay.precision.value,
@@ -295,12 +307,14 @@ def _possible(request: ReplayRequest) -> Iterator[tuple[str, bool]]:
         yield name, 0 < getattr(request, name) < 1 << 62
     for name in ("shards", "pool_bytes", "pool_shards"):
         yield name, 0 <= getattr(request, name) < 1 << 62
-    yield "eta", 0 <= request.eta <= 1
+    yield "solver", request.solver in [solver.value for solver in Solver]
+    yield "eta", 0 <= request.eta <= 1 and (request.eta == 0 or request.solver == Solver.ddim.value)
     yield "guidance", 0 <= request.guidance <= 10**6
     yield "null_label", -1 <= request.null_label < 1 << 31 and (request.null_label >= 0 or request.guidance == 1)
     yield "low_watermark", 0 <= request.low_watermark <= 1
     yield "points", request.points in [points.value for points in Points]
-    yield "targets", request.targets in ("teacher", "noise")
+    yield "points_per_trajectory", not request.path_points or request.path_points < request.steps
+    yield "targets", request.targets == "teacher" or (request.targets == "noise" and not request.path_points)
     yield "precision", request.precision in [precision.value for precision in Precision]
     yield (
         "classes",
@@ -312,12 +326,14 @@ def _possible(request: ReplayRequest) -> Iterator[tuple[str, bool]]:
 def _check(request: ReplayRequest, config: Config) -> None:
     if request.task < 2:
         raise ConfigError(f"task {request.task}: there is nothing to replay before the second task")
-    if not request.renoised and not request.teacher_targets:
-        raise ConfigError("replay.points=trajectory: generative_replay has no targets on a trajectory; take renoised")
-    if not request.renoised and request.points_per_trajectory > request.steps:
+    if request.path_points and not request.teacher_targets:
         raise ConfigError(
-            f"replay.points_per_trajectory={request.points_per_trajectory}: a trajectory of replay.steps="
-            f"{request.steps} has no more points"
+            f"replay.points={request.points}: generative_replay has no targets on a trajectory; take renoised"
+        )
+    if request.path_points >= request.steps:
+        raise ConfigError(
+            f"replay.points_per_trajectory={request.points_per_trajectory}: {request.path_points} of them lie on a "
+            f"trajectory of replay.steps={request.steps}, which has {request.steps - 1} beside its start"
         )
     if config.replay.precision is Precision.fp16 and config.replay.device == "cpu":
         raise ConfigError("replay.precision=fp16: not on replay.device=cpu; take fp32 or bf16")

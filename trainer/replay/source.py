@@ -140,7 +140,7 @@ class InlineSource(ReadySource):
     def _piece(self, start: int, stop: int) -> Examples:
         indices = np.arange(start, stop, dtype=np.int64)
         batch = sample_trajectories(self.teacher, self.schedule, self.request, indices, self.device)
-        return to_examples(self.request, first_points(self.request, batch), self.schedule, self.device, self.dtype)
+        return to_examples(self.request, first_points(batch), self.schedule, self.device, self.dtype)
 
 
 def open_source(

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.config import Prediction
-from trainer.diffusion.samplers import DDIMStep, Predict, ddim, timestep_grid
+from trainer.config import Prediction, Solver
+from trainer.diffusion.samplers import PathStep, Predict, sample_path, timestep_grid
 from trainer.diffusion.schedules import NoiseSchedule
 from trainer.kernels.noise import add_noise
 from trainer.kernels.philox import normal, timesteps, uniform
@@ -26,9 +26,10 @@ class TrajectoryBatch:
     """B trajectories with P points each.
 
     Shapes: indices, label, start_seeds (B,) int64; t and seeds (B, P) int64, where `seeds` is the noise of a
-    re-noised point (unused on a trajectory); images fp16, the end points (B, C, H, W) of `renoised` or the states
-    (B, P, C, H, W) of `trajectory`; targets fp16 (B, P, C, H, W), the teacher's predictions there, or None where
-    the target is the noise. `evaluations` counts network evaluations, one per image.
+    re-noised point (unused on a path). In fp16, and None where no point needs them: end (B, C, H, W), the end points
+    that are noised again; states (B, P', C, H, W) of the first P' points, which lie on the path; targets
+    (B, P, C, H, W), the teacher's predictions, None where the target is the noise. `evaluations` counts network
+    evaluations, one per image.
     """
 
     indices: Int64
@@ -36,7 +37,8 @@ class TrajectoryBatch:
     start_seeds: Tensor
     t: Tensor
     seeds: Tensor
-    images: Tensor
+    end: Tensor | None
+    states: Tensor | None
     targets: Tensor | None
     evaluations: int
 
@@ -85,12 +87,13 @@ def sample_trajectories(
         request.steps,
         _trajectory_seeds(request, "grid", indices, device) if request.jitter else None,
     )
-    path = ddim(
+    path = sample_path(
         predict,
         schedule,
         normal(start, request.image_shape),
         label,
         grid.to(device, non_blocking=True),
+        solver=Solver(request.solver),
         eta=request.eta,
         guidance=request.guidance,
         null_label=request.null_label,
@@ -98,27 +101,37 @@ def sample_trajectories(
         noise_seeds=_trajectory_seeds(request, "eta", indices, device) if request.eta > 0 else None,
     )
     seeds = torch.from_numpy(point_seeds(request, "noise", indices)).to(device, non_blocking=True)
-    if request.renoised:
-        t = torch.from_numpy(point_seeds(request, "timestep", indices)).to(device, non_blocking=True)
-        t = timesteps(t.reshape(-1), schedule.timesteps).view(t.shape)
-        images = _end_point(path)
-        targets = relabel(predict, schedule, images, seeds, t, label) if request.teacher_targets else None
-    else:
-        t, images, targets = _points_on_path(path, _chosen_steps(request, indices, device), request.image_shape)
-    evaluations = len(indices) * request.evaluations_per_trajectory
-    return TrajectoryBatch(indices, label, start, t, seeds, images, targets, evaluations)
+    on_path, end = _walk(path, request, indices, device)
+    t, targets = on_path.t, on_path.targets
+    if request.renoised_points:
+        drawn = _drawn_timesteps(request, indices, schedule.timesteps, device)
+        t = [*t, *drawn.unbind(1)]
+        if request.teacher_targets:
+            targets = [*targets, *relabel(predict, schedule, end, seeds[:, request.path_points :], drawn, label)]
+    return TrajectoryBatch(
+        indices,
+        label,
+        start,
+        torch.stack(t, dim=1),
+        seeds,
+        end=end if request.renoised_points else None,
+        states=torch.stack(on_path.states, dim=1) if request.path_points else None,
+        targets=torch.stack(targets, dim=1) if targets else None,
+        evaluations=len(indices) * request.evaluations_per_trajectory,
+    )
 
 
-def relabel(predict: Predict, schedule: NoiseSchedule, end: Tensor, seeds: Tensor, t: Tensor, label: Tensor) -> Tensor:
-    """The teacher's predictions at re-noised end points, fp16 (B, P, C, H, W).
+def relabel(
+    predict: Predict, schedule: NoiseSchedule, end: Tensor, seeds: Tensor, t: Tensor, label: Tensor
+) -> list[Tensor]:
+    """The teacher's predictions at re-noised end points, fp16 (B, C, H, W) for each column of seeds and t.
 
     `end` (B, C, H, W) is the fp16 end point as it is stored, so the trainer rebuilds this very x_t from it.
     """
-    targets = [
+    return [
         predict(renoise(schedule, end, seeds[:, point], t[:, point])[0], t[:, point], label).to(torch.float16)
         for point in range(t.shape[1])
     ]
-    return torch.stack(targets, dim=1)
 
 
 def renoise(
@@ -145,33 +158,67 @@ def _trajectory_seeds(request: ReplayRequest, purpose: str, indices: Int64, devi
     return torch.from_numpy(seeds).to(device, non_blocking=True)  # a plain copy would wait for all work before it
 
 
-def _end_point(path: Iterable[DDIMStep]) -> Tensor:
-    end: Tensor | None = None
-    for step in path:
-        end = step.x_next
-    assert end is not None
-    return end.to(torch.float16)
+def _drawn_timesteps(request: ReplayRequest, indices: Int64, count: int, device: torch.device) -> Tensor:
+    """Timesteps of the R re-noised points, int64 (B, R): each uniform over the `count` of the schedule.
+
+    Stratified, point k is uniform over the k-th of R equal parts of [0, count), rounded down.
+    """
+    seeds = torch.from_numpy(point_seeds(request, "timestep", indices)[:, request.path_points :])
+    seeds = seeds.to(device, non_blocking=True)
+    if not request.stratified:
+        return timesteps(seeds.reshape(-1), count).view(seeds.shape)
+    parts = seeds.shape[1]
+    number = torch.arange(parts, device=device)
+    draws = (number + uniform(seeds.reshape(-1), 1).view(seeds.shape)) / parts
+    last = ((number + 1) * count + parts - 1) // parts - 1  # rounding up may not lead into the next part
+    return torch.minimum((draws * count).to(torch.int64), last)
 
 
 def _chosen_steps(request: ReplayRequest, indices: Int64, device: torch.device) -> Tensor:
-    """Which P of the N steps each trajectory gives, ascending, (B, P): one drawn from each P-th part of the path."""
-    count, steps = request.points_per_trajectory, request.steps
-    bounds = torch.tensor([point * steps // count for point in range(count + 1)]).to(device, non_blocking=True)
+    """Which P' of the N steps each trajectory gives, ascending, (B, P'): one drawn from each P'-th part of the path.
+
+    Never the first step: it is at T - 1 on every path, and as many points there would hold the student's first step to
+    what the teacher knew, at the cost of the new classes.
+    """
+    count, steps = request.path_points, request.steps
+    bounds = torch.tensor([1 + point * (steps - 1) // count for point in range(count + 1)])
+    bounds = bounds.to(device, non_blocking=True)
     low, width = bounds[:-1], bounds.diff()
     draws = uniform(_trajectory_seeds(request, "choice", indices, device), count)
     return low + torch.minimum((draws * width).to(torch.int64), width - 1)
 
 
-def _points_on_path(
-    path: Iterable[DDIMStep], chosen: Tensor, shape: tuple[int, int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Timesteps (B, P), states and predictions fp16 (B, P, C, H, W) at the chosen steps."""
-    states = torch.zeros(*chosen.shape, *shape, dtype=torch.float16, device=chosen.device)
-    targets, t = torch.zeros_like(states), torch.zeros_like(chosen)
+@dataclass(frozen=True)
+class _OnPath:
+    """The P' points on the paths, one after the other: timesteps (B,), states and predictions fp16 (B, C, H, W)."""
+
+    t: list[Tensor]
+    states: list[Tensor]
+    targets: list[Tensor]
+
+
+def _walk(
+    path: Iterable[PathStep], request: ReplayRequest, indices: Int64, device: torch.device
+) -> tuple[_OnPath, Tensor]:
+    """Go along the paths; their points, and their end points fp16 (B, C, H, W)."""
+    count, steps = request.path_points, request.steps
+    chosen = _chosen_steps(request, indices, device) if count else None
+    points = _OnPath([], [], [])
+    end: Tensor | None = None
     for number, step in enumerate(path):
-        hit = chosen == number
-        wide = hit[:, :, None, None, None]
-        states = torch.where(wide, step.x.to(torch.float16)[:, None], states)
-        targets = torch.where(wide, step.prediction.to(torch.float16)[:, None], targets)
-        t = torch.where(hit, step.t[:, None], t)
-    return t, states, targets
+        end = step.x_next
+        if chosen is not None and number:
+            point = (number * count - 1) // (steps - 1)  # the part of the path that this step belongs to
+            _take(points, step, point, chosen[:, point] == number)
+    assert end is not None, "a path has a step"
+    return points, end.to(torch.float16)
+
+
+def _take(points: _OnPath, step: PathStep, point: int, chosen: Tensor) -> None:
+    """Let a step stand for a point: the first step of its part for all trajectories, a later one where chosen, (B,)."""
+    found = (step.t, step.x.to(torch.float16), step.prediction.to(torch.float16))
+    for kept, new in zip((points.t, points.states, points.targets), found, strict=True):
+        if point == len(kept):
+            kept.append(new)
+        else:
+            kept[point] = torch.where(chosen.view(-1, *[1] * (new.dim() - 1)), new, kept[point])
