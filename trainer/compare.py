@@ -38,7 +38,16 @@ POLL = 0.1
 
 # Keys that may differ between a finished run and the one asked for without making its numbers another run's.
 INDIFFERENT = (
-    *("run.", "tracking.", "checkpoint.", "data.root", "data.workers", "data.prefetch", "train.threads"),
+    *(
+        "run.",
+        "tracking.",
+        "checkpoint.",
+        "data.root",
+        "data.source_path",
+        "data.workers",
+        "data.prefetch",
+        "train.threads",
+    ),
     *("train.compile_cache", "train.peak_tflops"),
 )
 
