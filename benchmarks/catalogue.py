@@ -10,8 +10,8 @@ from typing import Any
 
 from claims import SIGNS, number_text
 
-BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
 NOT_MEASURED = "needs a GPU: not measured"
+HOLDS = {"reached": True, "missed": False, "open": None}  # open: too few seeds to say
 HEAD = ("claim", "peer", "bar", "measured", "holds", "where")
 
 
@@ -75,6 +75,37 @@ def read_methods(content: Mapping[str, Any]) -> list[dict[str, Any]]:
             "holds": value < lowest,
         }
         for name, value in medians.items()
+    ]
+
+
+def read_replay_quality(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The pool by its defaults against in-loop distillation; a bar is reached or missed by the whole of an interval."""
+    (row,) = (row for row in content["rows"] if row["variant"] == "default")
+    ratio, difference, bars = row["fd_ratio"], row["kld_difference"], content["bars"]
+    of = f"{content['data']}, {row['paired_seeds']} paired seeds, 90 % interval"
+    peer = "distillation in the loop"
+    forwards = row["teacher_forwards_per_point"]
+    return [
+        {
+            "claim": f"FD of distillation from the pool ({of})",
+            "peer": peer,
+            "bar": f"≤ {bars['fd_ratio']:g}",
+            "measured": f"{ratio['mean']:.3f} ({ratio['low']:.3f}..{ratio['high']:.3f})",
+            "holds": HOLDS[row["verdict"]["fd"]],
+        },
+        {
+            "claim": f"its KLD, the difference ({of})",
+            "peer": peer,
+            "bar": f"≤ {bars['kld_difference']:g}",
+            "measured": f"{difference['mean']:+.4f} ({difference['low']:+.4f}..{difference['high']:+.4f})",
+            "holds": HOLDS[row["verdict"]["kld"]],
+        },
+        {
+            "claim": "teacher forwards for each replay point used",
+            "bar": f"≤ {bars['teacher_forwards_per_point']:g}",
+            "measured": f"{forwards:.3g} (in the loop: 11)",
+            "holds": forwards <= bars["teacher_forwards_per_point"],
+        },
     ]
 
 
@@ -168,6 +199,15 @@ BENCHMARKS = (
         "chaos",
         read=read_chaos,
     ),
+    *(
+        Benchmark(
+            f"Replay from the pool, {data}",
+            f"python benchmarks/replay_quality.py --data {data} --json benchmarks/results/replay_quality_{data}.json",
+            f"replay_quality_{data}",
+            read=read_replay_quality,
+        )
+        for data in ("digits", "fashion_mnist")
+    ),
     Benchmark(
         "Forgetting, on the digits",
         "python launch/compare.py --config digits.yaml "
@@ -229,7 +269,8 @@ def line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def with_table(text: str, table: str) -> str:
-    """The README with what stands between the two markers replaced. Raises ValueError where they are missing."""
-    before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
+def with_table(text: str, table: str, name: str = "claims") -> str:
+    """A page with what stands between the two markers of a table replaced. Raises ValueError where they are missing."""
+    begin, end = (f"<!-- {name}: {which} -->" for which in ("begin", "end"))
+    before, after = text.index(begin) + len(begin), text.index(end)
     return f"{text[:before]}\n{table}{text[after:]}"

@@ -2,7 +2,8 @@
 
     python benchmarks/claims.py --table [--check]
 
-rewrites the table of benchmarks/README.md from benchmarks/results/*.json, or says whether it is up to date.
+rewrites the tables of benchmarks/README.md and docs/replay.md from benchmarks/results/*.json, or says whether they are
+up to date.
 """
 
 from __future__ import annotations
@@ -250,18 +251,21 @@ def _driver() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Rewrite or check the table of the README."""
+    """Rewrite or check the tables."""
     from catalogue import table, with_table
+    from quality.document import PAGE, with_tables
 
-    parser = ArgumentParser(description="The table of claims in benchmarks/README.md.")
-    parser.add_argument("--table", action="store_true", required=True, help="write it from benchmarks/results/*.json")
+    parser = ArgumentParser(description="The tables of benchmarks/README.md and docs/replay.md.")
+    parser.add_argument("--table", action="store_true", required=True, help="write them from benchmarks/results/*.json")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where it is out of date")
     options = parser.parse_args(argv)
-    old = README.read_text()
-    new = with_table(old, table(README.parent / "results"))
+    results = README.parent / "results"
+    old = {page: page.read_text() for page in (README, PAGE)}
+    new = {README: with_table(old[README], table(results)), PAGE: with_tables(old[PAGE], results)}
     if options.check:
         return 0 if new == old else BROKEN
-    README.write_text(new)
+    for page, text in new.items():
+        page.write_text(text)
     return 0
 
 

@@ -111,12 +111,15 @@ def test_the_table_takes_verdicts_from_the_rows() -> None:
 def test_results_without_rows_are_judged_from_their_numbers(name: str) -> None:
     (benchmark,) = (benchmark for benchmark in BENCHMARKS if benchmark.result == name)
     content = json.loads((README.parent / "results" / f"{name}.json").read_text())
-    assert {row["holds"] for row in rows_of(benchmark, content)} == {"yes"}
+    held = {row["holds"] for row in rows_of(benchmark, content)}
+    assert "yes" in held and "**no**" not in held
     spoilt = {
         "resume": {"same_weights": False},
         "chaos": {"lost": ["an image"]},
         "checkpoint": {"standstill": 1e9},
-        "digits-methods": {"rows": [spoil(row) for row in content.get("rows", [])]},
+        "digits-methods": {"rows": [spoil(row) for row in content.get("rows", []) if "summary" in row]},
+        "replay_quality_digits": {"bars": dict.fromkeys(content.get("bars", {}), 0.0)},
+        "replay_quality_fashion_mnist": {"bars": dict.fromkeys(content.get("bars", {}), 0.0)},
     }
     assert "**no**" in {row["holds"] for row in rows_of(benchmark, content | spoilt[name])}
 
