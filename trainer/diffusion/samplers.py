@@ -150,8 +150,7 @@ def sample_path(
         eta: 0 deterministic, 1 as noisy as DDPM; with DDIM alone.
         clip: bound the predicted x_0.
         noise_seeds: int64 (B,), needed for eta > 0; step i adds the normals of `fold_in(noise_seeds, i)`.
-        guidance: 1: none.
-        null_label: what stands for no class, needed with guidance.
+        guidance: 1: none; else `null_label`, what stands for no class, is needed.
         with_x0: the steps say what x_0 they predict.
     """
     plan = plan_path(schedule, grid, noise_seeds, x.shape[0], eta, solver)
