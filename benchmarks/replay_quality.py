@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import command_line, hardware, package_versions
-from quality.document import interval_text
+from quality.document import row_text
 from quality.plot import plot
 from quality.result import FD_BAR, FORWARDS_BAR, KLD_BAR, collect, rows_of
 from quality.variants import DATA, DEFAULT, INLINE, MAIN, VARIANTS, Variant, variant
@@ -87,16 +87,7 @@ def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     )
     table = Table(*heads, title=title)
     for row in rows:
-        spread = row["spread"]["fd"]
-        table.add_row(
-            row["variant"],
-            f"{row['teacher_forwards_per_point']:.2f}",
-            str(len(row["seeds"])),
-            f"{row['fd']:.2f} ({spread['min']:.2f}..{spread['max']:.2f})",
-            interval_text(row.get("fd_ratio"), "{:.3f}"),
-            f"{row['kld']:.4f}",
-            interval_text(row.get("kld_difference"), "{:+.4f}"),
-        )
+        table.add_row(*row_text(row, ratio="{:.3f}", kld="{:.4f}"))
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 

@@ -31,16 +31,21 @@ def table(content: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    spread, settings = row["spread"]["fd"], ", ".join(f"`{setting}`" for setting in row["settings"])
+    name, *rest = row_text(row, ratio="{:.2f}", kld="{:.3f}")
+    return [name, ", ".join(f"`{setting}`" for setting in row["settings"]), *rest]
+
+
+def row_text(row: Mapping[str, Any], *, ratio: str, kld: str) -> list[str]:
+    """A row as people read it: variant, forwards, seeds, FD, its ratio, KLD, its difference; in forms of numbers."""
+    spread = row["spread"]["fd"]
     return [
         row["variant"],
-        settings,
         f"{row['teacher_forwards_per_point']:.2f}",
         str(len(row["seeds"])),
         f"{row['fd']:.2f} ({spread['min']:.2f}..{spread['max']:.2f})",
-        interval_text(row.get("fd_ratio"), "{:.2f}"),
-        f"{row['kld']:.3f}",
-        interval_text(row.get("kld_difference"), "{:+.3f}"),
+        interval_text(row.get("fd_ratio"), ratio),
+        kld.format(row["kld"]),
+        interval_text(row.get("kld_difference"), kld.replace(":", ":+")),
     ]
 
 

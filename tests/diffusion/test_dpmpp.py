@@ -8,24 +8,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from stand_in import NAMES, PREDICTIONS
+from stand_in import stand_in as _predict
+from stand_in import start as _start
 from torch import Tensor
 
 from trainer.config import DiffusionConfig, Prediction, Schedule, Solver
 from trainer.diffusion.samplers import STEP_RATIO, PathStep, Predict, sample_path, timestep_grid
 from trainer.diffusion.schedules import NoiseSchedule, make_schedule
-
-NAMES = {Schedule.linear: "linear", Schedule.cosine: "squaredcos_cap_v2"}
-PREDICTIONS = {Prediction.epsilon: "epsilon", Prediction.v: "v_prediction"}
-
-
-def _predict(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-    """A smooth stand-in for a network that looks at everything it is given."""
-    shift = torch.cos(t / 200.0) + (0.0 if label is None else 0.1 * label)
-    return 0.9 * torch.sin(x + 0.3 * shift[:, None, None, None])
-
-
-def _start(batch: int = 3) -> Tensor:
-    return torch.randn(batch, 2, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
 def _path(predict: Predict, schedule: NoiseSchedule, start: Tensor, grid: Tensor, clip: bool = True) -> list[PathStep]:
