@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.batch import Examples
-from trainer.methods import ExperienceReplay, Finetune, GenerativeDistillation, Method
+from trainer.methods import ExperienceReplay, Finetune, GenerativeDistillation, Method, Weights
 from trainer.steps import micro_batches
 
 
@@ -32,7 +32,7 @@ def gradients(method: Method, current: Examples, replay: Examples | None, count:
     """Of the mean of the losses of `count` parts, as the engine accumulates them."""
     net = Net()
     for part, rehearsed in micro_batches(current, replay, count):
-        (method.loss(net, part, rehearsed, 3)["loss"] / count).backward()
+        (method.loss(net, part, rehearsed, Weights(1 / 3))["loss"] / count).backward()
     return [weight.grad for weight in net.parameters() if weight.grad is not None]
 
 

@@ -24,6 +24,11 @@ def test_defaults_then_yaml_then_dotlist(tmp_path: Path) -> None:
     assert config.data.tasks == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 
 
+def test_a_penalty_is_part_of_the_name_of_a_run() -> None:
+    assert load_config("digits", ["method.penalty=rank1_ewc"]).run.name == "digits-generative_distillation-rank1_ewc"
+    assert load_config("digits", ["method.name=ewc", "method.penalty_weight=3"]).run.name == "digits-ewc"
+
+
 def test_an_empty_value_empties(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.yaml", "data: {source_path: somewhere}\n")
     assert load_config(path, ["data.source_path="]).data.source_path == ""
@@ -38,10 +43,20 @@ def test_an_empty_value_empties(tmp_path: Path) -> None:
         ["data.tasks=[[0,1]]", "data.classes_per_task=5"],
         ["model.conditional=false", "model.max_classes=20"],
         ["replay.on_starved=wait", "replay.reuse_cap=2"],
+        ["evaluation.bpd_images=0", "evaluation.bpd_timesteps=7"],
+        ["evaluation.loss_images=0", "evaluation.timestep_bins=7"],
         ["replay.placement=external", "replay.hang_timeout=9"],
         ["replay.placement=inline", "replay.timesteps=stratified"],
-        ["replay.points=trajectory", "replay.timesteps=stratified", "replay.points_per_trajectory=9"],
+        ["replay.points=trajectory", "replay.timesteps=stratified"],
         ["replay.points=renoised", "replay.jitter=false"],
+        ["method.penalty=none", "method.penalty_weight=2"],
+        ["method.penalty=none", "method.fisher_images=9"],
+        ["method.penalty=l2", "method.fisher_draws=9"],
+        ["method.buffer=class_balanced", "method.buffer_size=9"],
+        ["method.name=partial_generation", "replay.points=trajectory"],
+        ["method.name=partial_generation", "replay.timesteps=stratified"],
+        ["method.name=gaussian_distillation", "replay.steps=5"],
+        ["method.buffer=reservoir", "method.buffer_per_class=9"],
     ],
 )
 def test_settings_without_effect_are_refused(overrides: list[str]) -> None:
@@ -80,6 +95,10 @@ def test_config_is_also_looked_for_in_configs() -> None:
         ("evaluation.guidance=0.5", "evaluation.guidance=0.5: needs .* model.label_dropout"),
         ("replay.solver=euler", "replay.solver: Invalid value 'euler'"),
         ("evaluation.guidance=-1", "evaluation.guidance=-1.0: must not be negative"),
+        (
+            "method.name=lwf",
+            "replay.placement=subprocess: lwf asks the teacher about the trainer's own batch",
+        ),
         ("model.label_dropout=1", "model.label_dropout=1.0"),
         ("model.max_classes=5", "model.max_classes=5"),
         ("train.images_per_task=3", "train.images_per_task=3"),
@@ -95,6 +114,12 @@ def test_refused_in_one_line(override: str, message: str) -> None:
     "overrides",
     [
         ["zero.stage=0", "train.precision=bf16"],
+        ["method.name=ewc", "method.penalty=l2"],
+        ["method.name=partial_generation", "replay.steps=4", "replay.points_per_trajectory=5"],
+        ["method.name=lwf", "replay.placement=inline", "replay.batch=32"],
+        ["method.penalty=ewc", "method.fisher_images=0"],
+        ["method.penalty=ewc", "method.penalty_weight=-1"],
+        ["method.name=experience_replay", "method.buffer=reservoir", "method.buffer_size=0"],
         ["method.name=generative_replay", "replay.points=trajectory"],
         ["replay.placement=inline", "replay.points=trajectory"],
         ["method.name=generative_replay", "replay.points=both"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+RENOISED_POINTS = 50  # of a trajectory, by default: docs/replay.md says what more or fewer cost
 AUTO = -1  # train.micro_batch; files and command lines say `auto`
 
 
@@ -57,6 +58,28 @@ class MethodName(str, Enum):
     experience_replay = "experience_replay"
     generative_replay = "generative_replay"
     generative_distillation = "generative_distillation"
+    lwf = "lwf"
+    gaussian_distillation = "gaussian_distillation"
+    partial_generation = "partial_generation"
+    l2 = "l2"
+    ewc = "ewc"
+    rank1_ewc = "rank1_ewc"
+
+
+class PenaltyName(str, Enum):
+    """What holds the weights near those of earlier tasks; the names of methods that are such a penalty alone."""
+
+    none = "none"
+    l2 = "l2"
+    ewc = "ewc"
+    rank1_ewc = "rank1_ewc"
+
+
+class Buffer(str, Enum):
+    """How experience_replay chooses the real images that it keeps."""
+
+    class_balanced = "class_balanced"
+    reservoir = "reservoir"
 
 
 class Placement(str, Enum):
@@ -76,9 +99,21 @@ class Points(str, Enum):
         return {Points.renoised: 0, Points.both: (count + 1) // 2, Points.trajectory: count}[self]
 
 
+class OwnPoints(str, Enum):
+    """Replay points without a path; a method has them, they are no choice of `replay.points`."""
+
+    noise = "noise"  # gaussian_distillation: pure noise
+    current = "current"  # lwf: the current task's noisy images
+
+
 class Timesteps(str, Enum):
     uniform = "uniform"
     stratified = "stratified"
+
+
+class Share(str, Enum):
+    tasks = "tasks"
+    classes = "classes"
 
 
 class Solver(str, Enum):
@@ -210,8 +245,16 @@ class ZeroConfig:
 class MethodConfig:
     name: MethodName = MethodName.generative_distillation
     distillation_weight: float = 1.0  # lambda of the replay term
+    share: Share = Share.tasks  # what the current task weighs against replay: 1/k, or its share of the classes learnt
+    min_snr: float = 0.0  # gamma of Min-SNR weights of the timesteps (Hang et al. 2023), real and replayed; 0: none
     rehearsal_coefficient: float = 1.0  # experience_replay: weight of the buffer's loss
-    buffer_per_class: int = 20  # experience_replay: real images kept of each class
+    buffer: Buffer = Buffer.class_balanced  # of experience_replay: equal shares of classes, or a uniform sample
+    buffer_per_class: int = 20  # class_balanced: real images kept of each class
+    buffer_size: int = 200  # reservoir: real images kept in all
+    penalty: PenaltyName = PenaltyName.none  # beside the method; l2, ewc and rank1_ewc are also methods, without replay
+    penalty_weight: float = 1.0  # lambda of the penalty
+    fisher_images: int = 200  # ewc, rank1_ewc: real images of each task that its Fisher information is measured on
+    fisher_draws: int = 5  # timesteps, each with a noise, drawn for each of them
 
 
 @dataclass
@@ -225,7 +268,7 @@ class ReplayConfig:
     eta: float = 0.0  # ddim: 0 deterministic, 1 as noisy as DDPM
     guidance: float = 1.0  # of the paths by the class (Ho and Salimans 2022), by two evaluations a step; 1: off
     clip_sample: bool = True  # clip the predicted x_0 to [-1, 1] while sampling
-    points_per_trajectory: int = 50  # inline makes one: each of its points has a trajectory of its own
+    points_per_trajectory: int = 0  # 0: 50, on a path all but its start; inline makes one point of each trajectory
     reuse: int = 1  # times each stored point may be used
     batch: int = 0  # replay points per step over all ranks; 0: train.global_batch
     shard_trajectories: int = 128  # trajectories per replay shard
@@ -259,6 +302,11 @@ class EvaluationConfig:
     guidance: float = 1.0  # as replay.guidance
     batch: int = 500
     grid_per_class: int = 8
+    loss_images: int = 32  # test images of each task whose loss is taken in each bin of timesteps; 0: none
+    timestep_bins: int = 10
+    bpd_images: int = 0  # test images of each task for the bound on the likelihood; 0: none, it is expensive
+    bpd_timesteps: int = 100  # of each of them, spread over strata, for the terms of the bound; T - 1 or more: all
+    nearest_training: bool = False  # compare samples with every training image; with a rehearsed buffer: always
 
 
 @dataclass
@@ -315,10 +363,49 @@ class Config:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the method replays what the previous model generates."""
-        return self.method.name in (MethodName.generative_replay, MethodName.generative_distillation)
+        """Whether the method learns from the previous model."""
+        return self.method.name in TAUGHT
+
+    @property
+    def points(self) -> Points | OwnPoints:
+        """What the teacher is asked about: the method's own kind of point, or what `replay.points` says."""
+        return OWN_POINTS.get(self.method.name, self.replay.points)
+
+    @property
+    def points_per_trajectory(self) -> int:
+        """Replay points of each trajectory: in the loop each has one of its own."""
+        if self.replay.placement is Placement.inline:
+            return 1
+        on_path = max(1, self.replay.steps - 1)
+        natural: dict[Points | OwnPoints, int] = {Points.trajectory: on_path, Points.both: 2 * on_path}
+        return self.replay.points_per_trajectory or natural.get(self.points, RENOISED_POINTS)
+
+    @property
+    def penalty(self) -> PenaltyName:
+        """What holds the weights: the method itself, or what is set beside it."""
+        name = self.method.name.value
+        return PenaltyName(name) if name in PenaltyName.__members__ else self.method.penalty
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether the penalty is made of a task's gradients."""
+        return self.penalty in (PenaltyName.ewc, PenaltyName.rank1_ewc)
 
     @property
     def teacher_ranks(self) -> bool:
         """Whether some of the launched ranks are teachers."""
         return self.needs_teacher and self.replay.placement is Placement.ranks
+
+
+TAUGHT = (
+    MethodName.generative_replay,
+    MethodName.generative_distillation,
+    MethodName.lwf,
+    MethodName.gaussian_distillation,
+    MethodName.partial_generation,
+)
+OWN_POINTS: dict[MethodName, Points | OwnPoints] = {
+    MethodName.lwf: OwnPoints.current,
+    MethodName.gaussian_distillation: OwnPoints.noise,
+    MethodName.partial_generation: Points.trajectory,
+}

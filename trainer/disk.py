@@ -14,11 +14,12 @@ FP32 = 4
 @dataclass(frozen=True)
 class DiskNeed:
     """Bytes of one checkpoint and how many there may be (the end of each task, the newest of a running one, one to be
-    pruned and one being written); of all teachers with their pipelines; of the replay pools."""
+    pruned and one being written); of all teachers with their pipelines; of what penalties keep; of the replay pools."""
 
     checkpoint_bytes: int
     checkpoints: int
     teachers_bytes: int
+    fisher_bytes: int
     replay_bytes: int
 
     @staticmethod
@@ -29,9 +30,10 @@ class DiskNeed:
             checkpoint_bytes=(3 + (config.ema.decay > 0)) * weights,  # weights, two moments, EMA
             checkpoints=tasks + config.checkpoint.keep + 2,
             teachers_bytes=2 * tasks * weights,
+            fisher_bytes=(tasks - 1) * weights if config.needs_fisher else 0,
             replay_bytes=pools_disk_bytes(config, steps_per_task(config)),
         )
 
     @property
     def total(self) -> int:
-        return self.checkpoints * self.checkpoint_bytes + self.teachers_bytes + self.replay_bytes
+        return self.checkpoints * self.checkpoint_bytes + self.teachers_bytes + self.fisher_bytes + self.replay_bytes

@@ -6,7 +6,7 @@ reductions (nothing overlaps the backward pass). What cannot keep this is refuse
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.profiler import record_function
 from trainer.checkpoint import STATE, CheckpointReader, CheckpointWriter
 from trainer.config import Config, OptimizerConfig, OptimizerName, Precision
 from trainer.errors import ConfigError, ToldElsewhere, UserError
+from trainer.methods.penalty import Penalty
 from trainer.moments import MOMENTS, AdamMoments, Ema, Skips
 from trainer.partition import FlatPartition, Partition, ShardedPartition, WholePartition
 from trainer.settings import check_engine
@@ -61,11 +62,13 @@ class Engine:
         self.accumulation = accumulation_steps(config, world.size)
         self.dtype = DTYPES[config.train.precision]
         self.grad_norm: Tensor | None = None
+        self.penalty: Tensor | None = None
         self._world = world
         self._writer = CheckpointWriter() if world.is_main else None
         self._stage = config.zero.stage
         self._clip_norm = config.optimizer.clip_norm
         self._micro_steps = 0
+        self._penalty: Penalty | None = None
         initial = _rounded_away(model, self.dtype, world)
         units = Units(model, gathered=self._stage == 3, recompute=config.train.activation_checkpointing)
         if config.train.compile:
@@ -105,12 +108,16 @@ class Engine:
         self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype))
 
     def step(self) -> None:
-        """Clip, update the weights, follow with the EMA. `grad_norm` is then the norm before clipping, fp32 scalar.
+        """Add the penalty's gradient, clip, update the weights, follow with the EMA.
 
-        It is not finite where the step changed nothing.
+        `grad_norm` is then the norm before clipping, fp32 scalar, not finite where the step changed nothing; `penalty`
+        the value of the penalty before the step, fp64 scalar, the same on all ranks.
         """
         assert self._micro_steps == self.accumulation, "micro-batches are missing"
         self._micro_steps = 0
+        if self._penalty is not None:
+            with record_function("penalty"):
+                self._add_penalty(self._penalty)
         if self._stage == 0:
             self.grad_norm = _clip([p for p in self._partition.masters if p.grad is not None], self._clip_norm)
             skipped = (~_usable(self.grad_norm)).float()
@@ -124,6 +131,21 @@ class Engine:
         if self._ema is not None:
             with record_function("ema"):
                 self._ema.update(skipped)
+
+    def hold(self, penalty: Penalty | None) -> None:
+        """Have a penalty's gradient added to that of the loss, once in each step, from now on; None: no more."""
+        self._penalty, self.penalty = penalty, None
+
+    def part(self, full: Callable[[str], Tensor]) -> list[Tensor]:
+        """This rank's part of full tensors, given by parameter name; fp32, laid out as penalties see the weights."""
+        values = [torch.zeros_like(master, requires_grad=False) for master in self._partition.masters]
+        self._partition.scatter(full, values)
+        return values
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes of all parameters by name."""
+        return self._partition.shapes
 
     def set_lr(self, lr: float) -> None:
         for group in self._engine.optimizer.param_groups:
@@ -208,6 +230,16 @@ class Engine:
         if self._writer is not None:
             self._writer.close()
         self._engine.destroy()
+
+    @torch.no_grad()
+    def _add_penalty(self, penalty: Penalty) -> None:
+        gradients, self.penalty = penalty.grad(
+            [master.detach() for master in self._partition.masters], self._partition.total
+        )
+        if self.dtype is torch.float16:  # what is averaged by now carries the loss scale
+            scale = self._engine.optimizer.loss_scale
+            gradients = [gradient.mul_(scale) for gradient in gradients]
+        self._partition.add_gradients(gradients)
 
     # --- parts of a checkpoint ------------------------------------------------------------------------------------
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from trainer.config import Config, Verify
+from trainer.config import Config, MethodName, Verify
+from trainer.data.buffer import open_buffers
 from trainer.data.dataset import TaskData
-from trainer.evaluation.evaluate import Evaluator, open_evaluator
+from trainer.evaluation.evaluate import Evaluator, Samples, evaluate, open_evaluator
+from trainer.evaluation.floor import real_floor
 from trainer.evaluation.forgetting import result, write_json
-from trainer.evaluation.generate import Sampling, balanced_count, generate_share
-from trainer.models.teacher import load_teacher
+from trainer.evaluation.memorisation import memorisation
+from trainer.evaluation.rows import merged
+from trainer.probe import Answers, Probe
 from trainer.run import RunDir
-from trainer.stop import Stopped
 from trainer.tracking.grid import (
     ClassSamples,
     history_grid,
@@ -35,7 +35,7 @@ from trainer.world import World
 
 
 class Judge:
-    """Evaluates the model of each task. Sampling is shared by all ranks, the main rank measures."""
+    """Evaluates the model of each task. What the model computes is shared by all ranks, the main rank measures."""
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class Judge:
         self.config, self.run, self.world, self.tracker = config, run, world, tracker
         self.class_names = list(class_names)
         self._interrupting = interrupting
+        self._probe = Probe(config, run, world, interrupting)
         self.tasks = config.data.tasks
         self._evaluator = world.on_main(self._open)
 
@@ -61,14 +62,13 @@ class Judge:
         if not self.world.any(self.world.is_main and self._stale(task)):
             return
         self.tracker.activity(f"evaluating after task {task}")
-        images, asked = self._sample(task)
-        self.world.on_main(lambda: self._measure(task, images, asked))
+        answers = self._probe.ask(task)
+        self.world.on_main(lambda: self._measure(task, answers))
 
     def measure(self, task: int) -> dict[str, Any]:
         """Measures of the model learnt up to `task`, kept nowhere; on the main rank of a world of one."""
         assert self._evaluator is not None and self.world.size == 1, "one process alone"
-        images, asked = self._sample(task)
-        return self._evaluator.evaluate(images, asked, task) | self._origin(task)
+        return self._examine(task, self._probe.ask(task))[0]
 
     def finish(self, account: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Judge again what another evaluator judged, then write metrics.json and the pictures over all tasks.
@@ -115,20 +115,46 @@ class Judge:
                 report=lambda epoch, epochs, loss: self.tracker.activity(f"classifier: epoch {epoch}/{epochs}"),
             )
 
-    def _measure(self, task: int, images: NDArray[np.uint8], asked: NDArray[np.int64] | None) -> None:
+    def _measure(self, task: int, answers: Answers) -> None:
         assert self._evaluator is not None, "on the main rank"
         with self._interrupting():
-            row = self._evaluator.evaluate(images, asked, task) | self._origin(task)
-        self._picture(task, images, asked, self._evaluator)
+            row, samples = self._examine(task, answers)
+        self._picture(task, samples)
         write_json(self.run.evaluation(task), row)
         self._tell(task, row)
 
+    def _examine(self, task: int, answers: Answers) -> tuple[dict[str, Any], Samples]:
+        """The row of a task, and its samples as the judges see them."""
+        evaluator = self._evaluator
+        assert evaluator is not None, "on the main rank"
+        samples = evaluator.look(answers.images, answers.asked)
+        row = merged(evaluate(evaluator, samples, task), *answers.rows)
+        row["floor"] = real_floor(evaluator, task, len(samples))
+        row["nearest"] = self._nearest(evaluator, task, samples)
+        return row | self._origin(task), samples
+
+    def _nearest(self, evaluator: Evaluator, task: int, samples: Samples) -> dict[str, Any]:
+        """How near the samples come to what was rehearsed while learning a task, and to the training images."""
+        found: dict[str, Any] = {}
+        if self.config.method.name is MethodName.experience_replay and task > 1:
+            buffers = [self.run.buffer(earlier) for earlier in range(1, task)]
+            found["buffer"] = memorisation(evaluator, samples, task, open_buffers(buffers, Verify.size))
+        if self.config.evaluation.nearest_training:
+            found["training"] = memorisation(evaluator, samples, task)
+        return found
+
     def _origin(self, task: int) -> dict[str, Any]:
-        """What a row's samples come from."""
+        """What a row's samples come from, and what was measured: rows that differ in it are not put side by side."""
         settings = self.config.evaluation
         sampler = {name: getattr(settings, name) for name in ("steps", "eta", "guidance")}
         sampler["solver"] = settings.solver.value
-        return {"task": task, "sampler": sampler}
+        extent = {
+            "samples": settings.samples,
+            "loss": [settings.loss_images, settings.timestep_bins if settings.loss_images else 0],
+            "bpd": [settings.bpd_images, settings.bpd_timesteps if settings.bpd_images else 0],
+            "nearest_training": settings.nearest_training,
+        }
+        return {"task": task, "sampler": sampler, "extent": extent}
 
     def _row(self, task: int) -> dict[str, Any] | None:
         """The measures after a task, where they were taken."""
@@ -141,54 +167,22 @@ class Judge:
     def _stale(self, task: int) -> bool:
         assert self._evaluator is not None
         row = self._row(task)
-        return row is None or row.get("evaluator") != self._evaluator.id or not self.run.picked_samples(task).exists()
+        if row is None or not self.run.picked_samples(task).exists():
+            return True
+        origin = {"evaluator": self._evaluator.id, **self._origin(task)}
+        return any(row.get(key) != value for key, value in origin.items())
 
-    def _sample(self, task: int) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
-        """Samples of the model learnt up to `task`, (n, C, H, W), and the classes asked for; collective."""
-        config = self.config
-        model, schedule, _ = load_teacher(self.run.teacher(task), self.world.device)
-        classes = self.config.classes_until(task)
-        count = balanced_count(config.evaluation.samples, len(classes))
-        sampling = Sampling(
-            seed=config.run.seed,
-            draw=task,
-            shape=(config.data.channels, config.data.image_size, config.data.image_size),
-            steps=config.evaluation.steps,
-            solver=config.evaluation.solver,
-            eta=config.evaluation.eta,
-            guidance=config.evaluation.guidance,
-            batch=config.evaluation.batch,
-        )
-        rank, size = self.world.rank, self.world.size
-        stopped: Stopped | None = None
-        images, asked = torch.empty(0), None
-        try:
-            with self._interrupting():
-                images, asked = generate_share(
-                    model, schedule, classes, count, sampling, self.world.device, rank=rank, world_size=size
-                )
-        except Stopped as error:
-            stopped = error
-        if self.world.any(stopped is not None):
-            raise stopped or Stopped("another rank was stopped")
-        images = self._gather(images)[:count].numpy()
-        return images, None if asked is None else self._gather(asked)[:count].numpy()
-
-    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.world.all_gather(tensor.to(self.world.device)).cpu()
-
-    def _picture(
-        self, task: int, images: NDArray[np.uint8], asked: NDArray[np.int64] | None, evaluator: Evaluator
-    ) -> None:
+    def _picture(self, task: int, samples: Samples) -> None:
         classes = self.config.classes_until(task)
         per_class = self.config.evaluation.grid_per_class
-        shown = images[: max(1000, 4 * per_class * len(classes))]
-        predicted = evaluator.classifier.predict(shown)
-        picked = pick_samples(shown, None if asked is None else asked[: len(shown)], predicted, classes, per_class)
+        many = max(1000, 4 * per_class * len(classes))
+        shown, predicted = samples.images[:many], samples.predicted[:many]
+        asked = None if samples.asked is None else samples.asked[:many]
+        picked = pick_samples(shown, asked, predicted, classes, per_class)
         save_samples(self.run.picked_samples(task), picked)
         title = f"{self.config.run.name}: samples after task {task}"
         save_png(self.run.samples(task), sample_grid(picked, self.tasks[:task], self.class_names, title))
-        captions = [self.class_names[int(label)] for label in (predicted if asked is None else asked[: len(shown)])]
+        captions = [self.class_names[int(label)] for label in (predicted if asked is None else asked)]
         self.tracker.samples("samples", shown, captions)
         self.tracker.image("sample_grid", self.run.samples(task))
 

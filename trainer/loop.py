@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import torch
 from torch.profiler import record_function
 
-from trainer.config import Config, Placement, Verify
+from trainer.config import Buffer, Config, Placement, Verify
 from trainer.data.batch import Examples
-from trainer.data.buffer import open_buffers, save_buffer
+from trainer.data.buffer import choose, open_buffers, reservoir, save_buffer
 from trainer.data.dataset import TaskData
 from trainer.data.label_dropout import LabelDropout
 from trainer.data.prepare import Preparer
@@ -23,10 +23,11 @@ from trainer.data.stream import HostBatch, RealStream
 from trainer.diffusion.schedules import make_schedule
 from trainer.engine import Engine
 from trainer.errors import ToldElsewhere, UserError, say
+from trainer.fisher import Consolidation
 from trainer.judge import Judge
 from trainer.memory import names_the_key
 from trainer.meter import Meter
-from trainer.methods import Rehearsal, build_method
+from trainer.methods import Rehearsal, build_method, build_penalty, task_weights
 from trainer.models.pipeline import export_pipeline
 from trainer.models.teacher import CARD_NAME, read_card, save_teacher
 from trainer.performance import Performance
@@ -72,6 +73,7 @@ class Trainer:
         self.label_dropout = LabelDropout.of(config)
         self.engine = Engine(fresh_model(config), config, world)
         self.pulse = Pulse(world, stop.wanted, self._publish_checkpoints)
+        self.consolidation = Consolidation(config, run, world, lambda: self._heed(stop))
         self.position = Position()
         self.meter = Meter()
         self.performance = Performance(config, world.device, world.size)
@@ -130,11 +132,13 @@ class Trainer:
         if self.position.step == 0 and self.config.optimizer.reset_per_task:
             self.engine.reset_moments()
         self.request_replay(task)
+        self.hold(task)
         with ExitStack() as stack:
             data = self._real_data(task)
             stream = stack.enter_context(self._stream(data, task, self.config.train.global_batch))
             # A joint task sees the images of earlier tasks again, from epoch 0: it must not draw the same noise again.
             self.prepare = self._preparer(f"current/{task}" if self.method.all_tasks else "current")
+            self.weights = task_weights(self.config, task, self.schedule)
             replay = self._replay(task, stack)
             self._replay_source = replay
             self.tracker.start_task(task, self.seen, self.machine())
@@ -160,6 +164,12 @@ class Trainer:
         self.engine.flush()
         self._publish_checkpoints()
         self._replay_source = None
+
+    def hold(self, task: int) -> None:
+        """Have the weights held near those of the tasks before, where the configuration asks for it."""
+        penalty = build_penalty(self.config)
+        if penalty is not None and task > 1:
+            self.consolidation.hold(self.engine, penalty, task, self.tracker.activity)
 
     def freeze(self, task: int) -> None:
         """Publish the model as it is after a task: teacher of the next, diffusers pipeline, buffer of real images."""
@@ -187,10 +197,10 @@ class Trainer:
         with record_function("prepare"):
             current = self.prepare(batch)
         with record_function("replay"):
-            rehearsed = self._rehearsed(task, step, replay)
+            rehearsed = self._rehearsed(task, step, replay, current)
         for part, rehearsed_part in micro_batches(current, rehearsed, engine.accumulation):
             with record_function("forward"):
-                terms = self.method.loss(engine.model, part, rehearsed_part, task)
+                terms = self.method.loss(engine.model, part, rehearsed_part, self.weights)
             with record_function("backward"):
                 engine.backward(terms["loss"])
             for name, value in terms.items():
@@ -198,12 +208,14 @@ class Trainer:
         with record_function("optimizer"):
             engine.step()
         self.performance.count(len(current), 0 if rehearsed is None else len(rehearsed))
+        if engine.penalty is not None:
+            self.meter.add("penalty", engine.penalty)
         if engine.grad_norm is not None:
             self.meter.add("grad_norm", engine.grad_norm)
 
-    def _rehearsed(self, task: int, step: int, replay: ReplaySource | None) -> Examples | None:
+    def _rehearsed(self, task: int, step: int, replay: ReplaySource | None, current: Examples) -> Examples | None:
         """This rank's replay points of a step; None where there are none, or where the step goes without."""
-        points = replay.points(step) if replay is not None else None
+        points = replay.points(step, current) if replay is not None else None
         if points is None or self.label_dropout is None or not self.config.needs_teacher:
             return points
         first = step * self.config.replay_batch + self.world.rank * len(points)
@@ -228,6 +240,11 @@ class Trainer:
         self.engine.flush()
         self._publish_checkpoints()
         raise Stopped(f"stopped and saved in task {task} after {self.seen} images; {GOES_ON}")
+
+    def _heed(self, stop: StopRequest) -> None:
+        """Between two tasks everything is saved already."""
+        if self.world.any(stop.wanted()):
+            raise Stopped(f"stopped between two tasks; all that was learnt is saved, {GOES_ON}")
 
     def learning_rate(self, step: int) -> float:
         """Constant after a linear warm-up over the first `optimizer.warmup_images` of each task."""
@@ -342,7 +359,7 @@ class Trainer:
         if task == 1 or self.method.rehearsal is Rehearsal.none:
             return None
         if self.method.rehearsal is Rehearsal.buffer:
-            data = open_buffers([self.run.buffer(earlier) for earlier in range(1, task)], self.config.data.verify)
+            data = self._buffer(task)
             stream = stack.enter_context(self._stream(data, task, self.config.replay_batch))
             used = self.position.replay.get(str(task), {}).get("points_used", 0)
             batches = self.performance.timed(stream)
@@ -374,6 +391,13 @@ class Trainer:
         """The images to learn a task from; their checksums were verified before the ranks met."""
         tasks = range(1, task + 1) if self.method.all_tasks else [task]
         return TaskData.open(Path(self.config.data.root), "train", list(tasks), Verify.size)
+
+    def _buffer(self, task: int) -> TaskData:
+        """The real images of earlier tasks that are rehearsed with a task."""
+        data = open_buffers([self.run.buffer(earlier) for earlier in range(1, task)], self.config.data.verify)
+        if self.config.method.buffer is Buffer.reservoir:
+            return data.subset(reservoir(data, self.config.method.buffer_size, self.config.run.seed))
+        return data
 
     def _stream(self, data: TaskData, task: int, global_batch: int) -> RealStream:
         return RealStream(
@@ -416,12 +440,8 @@ class Trainer:
         )
         export_pipeline(self.run.pipeline(task), self.run.teacher(task))
         if self.method.rehearsal is Rehearsal.buffer:
-            save_buffer(
-                TaskData.open(Path(config.data.root), "train", [task], Verify.size),
-                config.method.buffer_per_class,
-                config.run.seed,
-                self.run.buffer(task),
-            )
+            data = TaskData.open(Path(config.data.root), "train", [task], Verify.size)
+            save_buffer(data, choose(data, config.method, config.run.seed, task), self.run.buffer(task))
 
     def _check_teacher(self) -> None:
         """The teacher on disk must be the one that this run's own checkpoint remembers."""

@@ -10,7 +10,7 @@ from typing import ParamSpec
 
 import torch
 
-from trainer.config import Config, Precision
+from trainer.config import Config, PenaltyName, Precision
 from trainer.errors import UserError
 from trainer.replay.memory import is_out_of_memory
 
@@ -35,7 +35,17 @@ def state_bytes(parameters: int, config: Config, trainers: int) -> dict[str, int
         "moments": 2 * FP32 * held["optimiser"],
         "gradients in fp32": FP32 * share if stage else 0,
         "EMA": FP32 * held["optimiser"] if config.ema.decay else 0,
+        "penalty": FP32 * held["optimiser"] * _penalty_vectors(config),
     }
+
+
+def _penalty_vectors(config: Config) -> int:
+    """Vectors as long as a rank's weights that the penalty takes in the last task, and within a step beside the fp32
+    gradients, which are its own from stage 1 on."""
+    earlier = len(config.data.tasks) - 1
+    kept = {PenaltyName.none: 0, PenaltyName.l2: 1, PenaltyName.ewc: 3, PenaltyName.rank1_ewc: earlier}
+    vectors = kept[config.penalty] if earlier else 0
+    return vectors + (1 if vectors and config.zero.stage == 0 else 0)
 
 
 # The first ZeRO stage that shares each part out.

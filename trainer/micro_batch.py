@@ -22,7 +22,7 @@ from trainer.data.shards import write_atomic
 from trainer.engine import BUCKET_NUMEL, DTYPES
 from trainer.errors import ToldElsewhere, UserError
 from trainer.memory import WIDTH, limited_memory, state_bytes
-from trainer.methods import Rehearsal, build_method
+from trainer.methods import Rehearsal, Weights, build_method
 from trainer.replay.memory import free_memory, is_out_of_memory
 from trainer.replay.state import read_json
 from trainer.run import RunDir
@@ -130,6 +130,7 @@ class Trial:
         self._dtype = DTYPES[config.train.precision]
         self._method = build_method(config.method)
         self._rehearses = rehearses(config)
+        self._weights = Weights(share=0.5 if self._rehearses else 1.0)
         self._build = build
         self._held: tuple[nn.Module, Tensor] | None = None
         self._stack = ExitStack()
@@ -163,7 +164,7 @@ class Trial:
         parts = self._config.train.global_batch // self._ranks // images
         points = self._config.replay_batch // self._ranks // parts
         rehearsed = self._examples(points) if self._rehearses else None
-        terms = self._method.loss(model, self._examples(images), rehearsed, 2 if self._rehearses else 1)
+        terms = self._method.loss(model, self._examples(images), rehearsed, self._weights)
         terms["loss"].backward()
 
     def _hold(self) -> tuple[nn.Module, Tensor]:

@@ -51,6 +51,14 @@ class Partition(ABC):
     def publish(self) -> None:
         """Make the model compute with the masters' present values; collective."""
 
+    @abstractmethod
+    def add_gradients(self, gradients: list[Tensor]) -> None:
+        """Add to the averaged gradients of a step that is due; fp32, laid out like the masters; not collective."""
+
+    def total(self, share: Tensor) -> Tensor:
+        """Sums over all elements of the model, from those over this rank's; collective."""
+        return self.world.sum(share)
+
     def gather(self, values: list[Tensor], everywhere: bool) -> dict[str, Tensor]:
         """Full CPU tensors by parameter name, from tensors laid out like the masters; collective.
 
@@ -103,6 +111,14 @@ class WholePartition(Partition):
     def publish(self) -> None:
         """The masters are the model."""
 
+    def add_gradients(self, gradients: list[Tensor]) -> None:
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+    def total(self, share: Tensor) -> Tensor:
+        """Every rank has every element."""
+        return share
+
     def gather(self, values: list[Tensor], everywhere: bool) -> dict[str, Tensor]:
         """As of every partition, without a collective."""
         if not (everywhere or self.world.is_main):
@@ -138,6 +154,9 @@ class FlatPartition(Partition):
     def publish(self) -> None:
         self._optimizer.update_lp_params()
 
+    def add_gradients(self, gradients: list[Tensor]) -> None:
+        _add_to_averages(self._optimizer.averaged_gradients, gradients)
+
 
 class ShardedPartition(Partition):
     """ZeRO-3: every unit padded and cut into equal parts, a rank's parts behind each other in sub-groups."""
@@ -163,6 +182,9 @@ class ShardedPartition(Partition):
             if first < last:
                 yield Fragment(name, first - place.offset, last - first, flat, start + first - begin)
 
+    def add_gradients(self, gradients: list[Tensor]) -> None:
+        _add_to_averages(self._optimizer.averaged_gradients, gradients)
+
     def publish(self) -> None:
         """As the end of the optimiser's step does it; small parameters are kept whole by every rank and gathered."""
         optimizer = self._optimizer
@@ -171,3 +193,16 @@ class ShardedPartition(Partition):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _add_to_averages(averages: dict[int, Any], gradients: list[Tensor]) -> None:
+    """Put sums in the place of what DeepSpeed has averaged for each of its groups: pieces of one flat vector.
+
+    In fp32 from here on, as it would have them a little later; the padding at the end may be left out there.
+    """
+    for group, gradient in enumerate(gradients):
+        start = 0
+        for piece in averages[group]:
+            gradient[start : start + piece.numel()] += piece.reshape(-1)
+            start += piece.numel()
+        averages[group] = [gradient]

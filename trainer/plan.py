@@ -262,6 +262,7 @@ def _facts(plan: Plan) -> Table:
         ("", "activations come on top of both"),
         ("disk for checkpoints", checkpoints),
         ("disk for teachers and pipelines", size(disk.teachers_bytes)),
+        ("disk for Fisher information", size(disk.fisher_bytes) if disk.fisher_bytes else "-"),
         ("disk at most, with replay", size(disk.total)),
     ]
     if plan.replays and plan.supply is None:

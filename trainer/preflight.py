@@ -32,7 +32,8 @@ from trainer.steps import steps_per_task
 
 LOCK_SECONDS = 10.0
 SWEPT = (
-    *("*", "tasks/*/*", "tasks/*/teacher/*", "tasks/*/checkpoints/*", "tasks/*/buffer/*", "report/*"),
+    *("*", "tasks/*/*", "report/*"),
+    *(f"tasks/*/{part}/*" for part in ("teacher", "checkpoints", "buffer", "fisher")),
     *("tasks/*/replay/.progress.json.*", "tasks/*/replay/.request.json.*"),
 )
 

@@ -27,7 +27,7 @@ from trainer.data.batch import Examples
 from trainer.diffusion.schedules import make_schedule
 from trainer.engine import DTYPES, Engine
 from trainer.errors import ConfigError, UserError, one_line
-from trainer.methods import Method, build_method
+from trainer.methods import Method, Weights, build_method
 from trainer.micro_batch import largest_fitting
 from trainer.replay.devices import device_name
 from trainer.replay.graphs import fast_predict
@@ -359,9 +359,9 @@ def _time_trainer(config: Config, world: World) -> tuple[float, float, str]:
 
 
 def _step(engine: Engine, method: Method, current: Examples, rehearsed: Examples | None) -> None:
-    task = 1 if rehearsed is None else 2
+    weights = Weights() if rehearsed is None else Weights(share=0.5)
     for part, rehearsed_part in micro_batches(current, rehearsed, engine.accumulation):
-        engine.backward(method.loss(engine.model, part, rehearsed_part, task)["loss"])
+        engine.backward(method.loss(engine.model, part, rehearsed_part, weights)["loss"])
     engine.step()
 
 

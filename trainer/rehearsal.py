@@ -18,7 +18,7 @@ class BufferSource(ReadySource):
         """`batch` is over all ranks; `used` points were used in earlier attempts. The stream is not owned."""
         self.stream, self.prepare, self.batch, self.used = stream, prepare, batch, used
 
-    def points(self, step: int) -> Examples:
+    def points(self, step: int, current: Examples | None = None) -> Examples:
         self.used += self.batch
         return self.prepare(next(self.stream))
 

@@ -136,6 +136,10 @@ class RunDir:
         """Real images of `task` kept for experience replay."""
         return self.task(task) / "buffer"
 
+    def fisher(self, task: int) -> Path:
+        """What `ewc` and `rank1_ewc` keep of `task` beside its teacher: fisher.safetensors and card.json."""
+        return self.task(task) / "fisher"
+
     def evaluation(self, task: int) -> Path:
         """The measures after `task`."""
         return self.task(task) / "evaluation.json"

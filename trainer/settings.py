@@ -20,23 +20,25 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import (
     AUTO,
+    OWN_POINTS,
+    Buffer,
     Config,
     DataConfig,
     MethodName,
-    OnStarved,
+    OwnPoints,
+    PenaltyName,
     Placement,
     Points,
     Precision,
-    Schedule,
     Solver,
 )
 from trainer.data.shards import IMAGE_LIMIT
 from trainer.data.tasks import split_classes
 from trainer.errors import ConfigError, one_line
+from trainer.idle import COMMAND_LINE, check_idle
 from trainer.yaml_text import Unreadable, parse_yaml, read_yaml
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-COMMAND_LINE = "command line"
 SECTIONS = asdict(Config())
 Setting = tuple[str, Any]  # section.key and its value
 LARGEST = {"data.classes": 10**6, "data.image_size": IMAGE_LIMIT, "diffusion.timesteps": 10**6}  # sized in memory
@@ -112,10 +114,12 @@ def load_config(name: str, overrides: list[str]) -> Config:
     merged = _merge(merged, _read_dotlist(overrides), COMMAND_LINE)
     config = _to_config(merged)
     if not config.run.name:
-        config.run.name = f"{path.stem}-{config.method.name.value}"
+        beside = config.method.penalty
+        penalty = "" if beside is PenaltyName.none else f"-{beside.value}"
+        config.run.name = f"{path.stem}-{config.method.name.value}{penalty}"
     config.model.max_classes = config.max_classes
     check(config)
-    _check_idle(config, overrides)
+    check_idle(config, overrides)
     config.data.tasks = task_classes(config.data)
     return config
 
@@ -182,7 +186,7 @@ def refused_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def check(config: Config) -> None:
     """Refuse impossible values and combinations that do not depend on the machine."""
-    for rule in (_check_numbers, _check_data, _check_guidance, _check_replay, _check_train):
+    for rule in (_check_numbers, _check_data, _check_guidance, _check_penalty, _check_replay, _check_train):
         rule(config)
 
 
@@ -240,17 +244,19 @@ def _check_numbers(config: Config) -> None:
         "data.classes data.image_size data.classes_per_task data.shard_size data.workers data.prefetch "
         "model.layers_per_block model.norm_groups model.attention_head_dim diffusion.timesteps optimizer.lr "
         "train.images_per_task train.global_batch train.log_every train.gc_every train.max_skipped replay.steps "
-        "replay.points_per_trajectory replay.reuse replay.shard_trajectories replay.sampler_batch replay.workers "
+        "replay.reuse replay.shard_trajectories replay.sampler_batch replay.workers "
         "replay.devices_per_node replay.threads replay.timeout replay.pool_gb replay.reuse_cap replay.hang_timeout "
         "evaluation.samples evaluation.steps evaluation.batch evaluation.grid_per_class evaluation.classifier_epochs "
-        "checkpoint.keep tracking.profile_start"
+        "evaluation.timestep_bins evaluation.bpd_timesteps checkpoint.keep tracking.profile_start "
+        "method.fisher_images method.fisher_draws"
     )
     natural = (
-        "train.threads replay.batch replay.restarts replay.pool_shards replay.eta evaluation.eta "
-        "replay.guidance evaluation.guidance "
+        "train.threads replay.points_per_trajectory replay.batch replay.restarts replay.pool_shards replay.eta "
+        "replay.guidance evaluation.eta evaluation.guidance "
         "optimizer.eps optimizer.weight_decay optimizer.warmup_images optimizer.clip_norm method.distillation_weight "
         "method.rehearsal_coefficient checkpoint.every_images model.dropout tracking.wandb_samples "
-        "model.max_classes method.buffer_per_class train.peak_tflops tracking.profile_steps"
+        "method.penalty_weight method.min_snr method.buffer_per_class method.buffer_size model.max_classes "
+        "train.peak_tflops tracking.profile_steps evaluation.loss_images evaluation.bpd_images"
     )
     values = dict(_flat(asdict(config)))
     for key, value in values.items():
@@ -277,7 +283,7 @@ def _check_numbers(config: Config) -> None:
         noisy = section.eta > 0 and section.solver is not Solver.ddim
         why = f"{name}.solver={section.solver.value} adds no noise; take {name}.solver=ddim"
         _require(not noisy, f"{name}.eta", section.eta, why)
-    for key in ("replay.steps", "evaluation.steps"):
+    for key in ("replay.steps", "evaluation.steps", "evaluation.timestep_bins"):
         _require(values[key] <= config.diffusion.timesteps, key, values[key], "more than diffusion.timesteps")
     betas = config.diffusion.beta_start, config.diffusion.beta_end
     _require(0 < betas[0] <= betas[1] < 1, "diffusion.beta_end", betas[1], "needs 0 < beta_start <= beta_end < 1")
@@ -314,27 +320,52 @@ def _check_guidance(config: Config) -> None:
         )
 
 
+def _check_penalty(config: Config) -> None:
+    beside, whole = config.method.penalty, config.penalty
+    _require(
+        beside in (PenaltyName.none, whole),
+        "method.penalty",
+        beside.value,
+        f"method.name={config.method.name.value} is another penalty; take method.name=finetune with the one you want",
+    )
+
+
 def _check_replay(config: Config) -> None:
     replay = config.replay
     if config.method.name is MethodName.experience_replay:
-        _require(config.method.buffer_per_class > 0, "method.buffer_per_class", 0, "leaves nothing to rehearse")
+        key = "method.buffer_size" if config.method.buffer is Buffer.reservoir else "method.buffer_per_class"
+        _require(getattr(config.method, key.partition(".")[2]) > 0, key, 0, "leaves nothing to rehearse")
     if not config.needs_teacher:
         return
-    if replay.points is not Points.renoised:
-        kind, count = replay.points.value, replay.points_per_trajectory
-        generative = config.method.name is MethodName.generative_replay
-        _require(not generative, "replay.points", kind, "generative_replay learns the noise it adds; take renoised")
-        _require(replay.placement is not Placement.inline, "replay.points", kind, "inline replay makes renoised")
-        on_path = replay.points.on_path(count)
-        _require(
-            on_path < replay.steps,
-            "replay.points_per_trajectory",
-            count,
-            f"{on_path} of them lie on a trajectory of replay.steps={replay.steps}, which has {replay.steps - 1} "
-            "beside its start",
-        )
+    _check_points(config)
     if replay.placement is Placement.inline:
         _require(replay.reuse == 1, "replay.reuse", replay.reuse, "inline replay samples each point afresh")
+
+
+def _check_points(config: Config) -> None:
+    """Which points the teacher can be asked about, and where."""
+    replay, kind, name = config.replay, config.points, config.method.name
+    inline = replay.placement is Placement.inline
+    if kind is OwnPoints.current:
+        why = "lwf asks the teacher about the trainer's own batch, within the step; take replay.placement=inline"
+        _require(inline, "replay.placement", replay.placement.value, why)
+        why = f"lwf replays the current batch, train.global_batch={config.train.global_batch}"
+        _require(config.replay_batch == config.train.global_batch, "replay.batch", replay.batch, why)
+    if not isinstance(kind, Points) or kind is Points.renoised:
+        return
+    generative, own = name is MethodName.generative_replay, name in OWN_POINTS
+    _require(not generative, "replay.points", kind.value, "generative_replay learns the noise it adds; take renoised")
+    why = "inline replay makes renoised; method.name=partial_generation makes a point on each path"
+    _require(not inline or own, "replay.points", kind.value, why)
+    count = config.points_per_trajectory
+    on_path = kind.on_path(count)
+    _require(
+        on_path < replay.steps,
+        "replay.points_per_trajectory",
+        count,
+        f"{on_path} of them lie on a trajectory of replay.steps={replay.steps}, which has {replay.steps - 1} "
+        "beside its start",
+    )
 
 
 def _check_train(config: Config) -> None:
@@ -345,42 +376,6 @@ def _check_train(config: Config) -> None:
         config.train.images_per_task,
         f"less than one step of train.global_batch={config.train.global_batch}",
     )
-
-
-def _check_idle(config: Config, overrides: list[str]) -> None:
-    """Refuse keys set on the command line that change nothing as the rest stands (a file may serve several uses)."""
-    replay, data, model = config.replay, config.data, config.model
-    idle = {
-        Placement.inline: "replay.points_per_trajectory replay.shard_trajectories replay.pool_gb replay.workers "
-        "replay.device replay.devices_per_node replay.threads replay.on_starved replay.timeout replay.restarts "
-        "replay.hang_timeout replay.pool_shards replay.low_watermark replay.retirement replay.reuse_cap "
-        "replay.timesteps",
-        Placement.external: "replay.workers replay.device replay.devices_per_node replay.threads replay.restarts "
-        "replay.hang_timeout",
-        Placement.ranks: "replay.workers replay.device",
-        Placement.subprocess: "replay.devices_per_node",
-    }
-    conditions = [(key, f"replay.placement={replay.placement.value}") for key in idle[replay.placement].split()]
-    if config.diffusion.schedule is Schedule.cosine:
-        conditions += [(f"diffusion.beta_{end}", "diffusion.schedule=cosine") for end in ("start", "end")]
-    if data.tasks:
-        conditions += [(f"data.{key}", "data.tasks") for key in ("classes_per_task", "class_order_seed")]
-    if not model.conditional:
-        conditions.append(("model.max_classes", "model.conditional=false"))
-    if not config.train.compile:
-        conditions.append(("train.autotune", "train.compile=false"))
-    if not config.tracking.profile_steps:
-        conditions.append(("tracking.profile_start", "tracking.profile_steps=0"))
-    if replay.points is Points.trajectory:
-        conditions.append(("replay.timesteps", "replay.points=trajectory"))
-    if replay.points is Points.renoised:
-        conditions.append(("replay.jitter", "replay.points=renoised"))
-    if replay.on_starved is not OnStarved.reuse:
-        conditions.append(("replay.reuse_cap", f"replay.on_starved={replay.on_starved.value}"))
-    given = {override.partition("=")[0] for override in overrides}
-    for key, reason in conditions:
-        if key in given:
-            raise ConfigError(f"{COMMAND_LINE}: {key} has no effect with {reason}")
 
 
 def _require(holds: bool, key: str, value: object, why: str) -> None:

@@ -111,6 +111,12 @@ class World:
         dist.all_gather_into_tensor(gathered, tensor.contiguous())
         return gathered
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, which takes the place of this one."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
 
 def split_ranks(environ: Mapping[str, str], devices_per_node: int) -> Role:
     """The role of the rank that a launcher described in `environ`, when the last local ranks of each node teach.

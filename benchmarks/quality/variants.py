@@ -44,12 +44,12 @@ DATA = {
 VARIANTS = (
     Variant(INLINE, "the paper's: a trajectory in the loop for each point", ("replay.placement=inline",)),
     Variant(DEFAULT, "the pool as the defaults make it", ("replay.placement=subprocess",)),
-    Variant("on-path", "points on the trajectory", ("replay.points=trajectory", "replay.points_per_trajectory=9")),
-    Variant("both", "half of each kind", ("replay.points=both", "replay.points_per_trajectory=18")),
+    Variant("on-path", "points on the trajectory", ("replay.points=trajectory",)),
+    Variant("both", "half of each kind", ("replay.points=both",)),
     Variant(
         "both-fixed",
         "the same timesteps on all paths",
-        ("replay.points=both", "replay.points_per_trajectory=18", "replay.jitter=false"),
+        ("replay.points=both", "replay.jitter=false"),
     ),
     Variant("points-2", "fewer points of a trajectory", ("replay.points_per_trajectory=2",)),
     Variant("points-5", "fewer points of a trajectory", ("replay.points_per_trajectory=5",)),
@@ -64,6 +64,9 @@ VARIANTS = (
     Variant("dpmpp", "a solver of second order", ("replay.solver=dpmpp",)),
     Variant("stratified", "timesteps spread over the schedule", ("replay.timesteps=stratified",)),
     Variant("eta-1", "trajectories as noisy as DDPM's", ("replay.eta=1",)),
+    Variant("min-snr", "Min-SNR weights over the timesteps", ("method.min_snr=5",)),
+    Variant("share", "tasks weigh as their classes (for tasks of unequal size)", ("method.share=classes",)),
+    Variant("raw", "no EMA: student and teacher as they are", ("ema.decay=0",)),
     Variant("unclipped", "x_0 not clipped while sampling", ("replay.clip_sample=false",)),
 )
 

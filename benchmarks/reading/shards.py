@@ -193,7 +193,7 @@ class PointsByHand:
     def agree(self, positions: NDArray[np.int64], stored: StoredPoints) -> bool:
         """Whether `stored` are the points of these positions."""
         _, trajectories, points = locate(self.request, positions)
-        assert stored.targets is not None
+        assert stored.images is not None and stored.targets is not None
         for row, (trajectory, point) in enumerate(zip(trajectories.tolist(), points.tolist(), strict=True)):
             record = self.records[trajectory]
             numbers = [record["label"], record["timesteps"][point], record["seeds"][point]]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.config import Verify
-from trainer.data.buffer import open_buffers, save_buffer, select
+from trainer.config import Buffer, MethodConfig, Verify
+from trainer.data.buffer import choose, open_buffers, reservoir, save_buffer, select
 from trainer.data.dataset import TaskData
 from trainer.errors import UserError
 
@@ -19,10 +19,15 @@ def _open(root: Path, task: int = 1) -> TaskData:
     return TaskData.open(root, "train", [task], Verify.size)
 
 
+def save(data: TaskData, per_class: int, directory: Path) -> None:
+    method = MethodConfig(buffer_per_class=per_class)
+    save_buffer(data, choose(data, method, 0, data.indexes[0].task), directory)
+
+
 def test_a_buffer_holds_the_same_number_of_each_class_unchanged(make_dataset: Any, tmp_path: Path) -> None:
     root = make_dataset(3).root
     for task in (1, 2):
-        save_buffer(_open(root, task), 4, seed=0, directory=tmp_path / str(task))
+        save(_open(root, task), 4, tmp_path / str(task))
     buffer = open_buffers([tmp_path / "1", tmp_path / "2"], Verify.sha256)
     assert Counter(buffer.labels.tolist()) == {0: 4, 1: 4, 2: 4, 3: 4} and buffer.classes == [0, 1, 2, 3]
     original = TaskData.open(root, "train", [1, 2], Verify.size)
@@ -50,6 +55,33 @@ def test_selection_is_uniform(make_dataset: Any) -> None:
     assert counts.sum() == 1000 and ((counts - 100) ** 2 / 100).sum() < 27.9
 
 
+def test_every_image_of_the_stream_is_equally_likely_in_the_reservoir(make_dataset: Any) -> None:
+    """Over seeds, of two tasks: chi-square with as many degrees of freedom as images less one, p = 0.001."""
+    data = TaskData.open(make_dataset().root, "train", [1, 2], Verify.size)
+    kept = np.bincount(np.concatenate([reservoir(data, 8, seed) for seed in range(1000)]), minlength=len(data))
+    expected = 8000 / len(data)
+    assert len(data) == 40 and ((kept - expected) ** 2 / expected).sum() < 72.1
+
+
+def test_a_reservoir_kept_task_by_task_is_that_of_all_images(make_dataset: Any, tmp_path: Path) -> None:
+    root = make_dataset().root
+    method = MethodConfig(buffer=Buffer.reservoir, buffer_size=9)
+    for task in (1, 2):
+        data = _open(root, task)
+        save_buffer(data, choose(data, method, 5, task), tmp_path / str(task))
+    first = open_buffers([tmp_path / "1"], Verify.sha256)
+    assert len(first) == 9
+    both = open_buffers([tmp_path / "1", tmp_path / "2"], Verify.sha256)
+    found = both.subset(reservoir(both, 9, 5))
+    everything = TaskData.open(root, "train", [1, 2], Verify.size)
+    shuffled = everything.subset(np.random.default_rng(0).permutation(len(everything)))
+    expected = shuffled.subset(reservoir(shuffled, 9, 5))
+    assert found.keys.tolist() == expected.keys.tolist(), "the same, in the same order"
+    assert np.array_equal(found.read(np.arange(9)), expected.read(np.arange(9)))
+    old = set(first.keys.tolist())
+    assert 0 < len(old & set(found.keys.tolist())) < 9, "later images take the place of some"
+
+
 def test_a_small_class_is_kept_whole(make_dataset: Any) -> None:
     data = _open(make_dataset().root)
     assert sorted(select(data, 1000, 0, 1).tolist()) == list(range(20))
@@ -59,7 +91,7 @@ def test_a_small_class_is_kept_whole(make_dataset: Any) -> None:
 def test_saving_again_gives_the_same_bytes(make_dataset: Any, tmp_path: Path) -> None:
     data = _open(make_dataset().root)
     for name in ("a", "b", "a"):
-        save_buffer(data, 3, 0, tmp_path / name)
+        save(data, 3, tmp_path / name)
     assert [(tmp_path / "a" / file).read_bytes() for file in ("buffer.tar", "index.json")] == [
         (tmp_path / "b" / file).read_bytes() for file in ("buffer.tar", "index.json")
     ]
@@ -68,7 +100,7 @@ def test_saving_again_gives_the_same_bytes(make_dataset: Any, tmp_path: Path) ->
 def test_a_missing_or_damaged_buffer_is_named(make_dataset: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none/index\.json: missing; key data\.root"):
         open_buffers([tmp_path / "none"], Verify.size)
-    save_buffer(_open(make_dataset().root), 3, 0, tmp_path / "a")
+    save(_open(make_dataset().root), 3, tmp_path / "a")
     shard = tmp_path / "a" / "buffer.tar"
     content = bytearray(shard.read_bytes())
     content[700] ^= 1
@@ -80,4 +112,4 @@ def test_a_missing_or_damaged_buffer_is_named(make_dataset: Any, tmp_path: Path)
 def test_a_directory_that_cannot_be_written_is_named(make_dataset: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"file/buffer: cannot be written.*key run\.dir"):
-        save_buffer(_open(make_dataset().root), 3, 0, tmp_path / "file" / "buffer")
+        save(_open(make_dataset().root), 3, tmp_path / "file" / "buffer")

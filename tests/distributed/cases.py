@@ -18,11 +18,13 @@ from torch import Tensor
 import trainer.engine
 import trainer.partition
 from tests.distributed import toy
+from tests.distributed.judge_cases import judge as judge
 from tests.distributed.loop_cases import choose_and_learn as choose_and_learn
 from tests.distributed.loop_cases import learn as learn
-from trainer.config import Config, OptimizerName, Precision
+from trainer.config import Config, OptimizerName, PenaltyName, Precision
 from trainer.engine import Engine
 from trainer.errors import UserError
+from trainer.methods import Memory, build_penalty
 from trainer.steps import fresh_model
 from trainer.world import World
 
@@ -85,6 +87,28 @@ def train_steps(engine: Engine, world: World, begin: int, end: int, poison: str 
 
 def plain(tensors: dict[str, Tensor]) -> dict[str, list[float]]:
     return {name: tensor.flatten().tolist() for name, tensor in tensors.items()}
+
+
+def held(world: World, kind: str, tasks: int, steps: int, **settings: Any) -> dict[str, Any]:
+    """Train with a penalty on so many toy memories; its value at each step, losses, norms, weights."""
+    engine = make_engine(world, **settings)
+    config = Config()
+    config.method.penalty, config.method.penalty_weight = PenaltyName(kind), toy.PENALTY_WEIGHT
+    penalty = build_penalty(config)
+    assert penalty is not None
+    for task in range(tasks):
+        weights, fisher, scale = toy.memory(task)
+        penalty.remember(Memory(engine.part(weights.__getitem__), engine.part(fisher.__getitem__), scale))
+    engine.hold(penalty)
+    result: dict[str, Any] = {"losses": [], "norms": [], "values": []}
+    for step in range(steps):
+        for name, values in train_steps(engine, world, step, step + 1).items():
+            result[name] += values
+        assert engine.penalty is not None
+        result["values"].append(engine.penalty.item())
+    result |= {"weights": plain(engine.weights(ema=False)), "skips": engine.skips()}
+    engine.close()
+    return result
 
 
 def train(world: World, steps: int, reset_at: int | None = None, **settings: Any) -> dict[str, Any]:

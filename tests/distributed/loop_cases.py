@@ -82,19 +82,22 @@ def choose_and_learn(world: World, root: str, name: str, settings: list[str], mo
 def learn(
     world: World, root: str, name: str, settings: list[str], poisoned: list[int], stop_at: int = 1 << 30
 ) -> dict[str, Any]:
-    """Train one task of digits in `root`; how it ended and what is left of it.
+    """Train one task of digits in `root`, or those of the settings; how it ended and what is left of it.
 
-    The last rank's loss is poisoned at steps `poisoned` (counted from 0), and the last rank wants to stop from step
-    `stop_at` on.
+    Finetunes, where the settings name no method. The last rank's loss is poisoned at steps `poisoned` (counted from 0),
+    and the last rank wants to stop from step `stop_at` on, the steps of all tasks counted together.
     """
     config = load_config("digits", [f"data.root={root}/data", "data.tasks=[[0,1]]", *settings])
-    config.method.name = MethodName.finetune
+    if not any(setting.startswith("method.name=") for setting in settings):
+        config.method.name = MethodName.finetune
     engine.PERSISTENT_NUMEL = 15  # ZeRO-3 really shards so small a model
     run = RunDir(Path(root) / name)
     world.on_main(lambda: prepare_data(config, progress=False))
     judge: Any = NoJudge(read_card(Path(config.data.root)).classes)
     last = world.rank == world.size - 1
-    stop: Any = SimpleNamespace(wanted=lambda: last and trainer.position.step >= stop_at)
+    stop: Any = SimpleNamespace(
+        wanted=lambda: last and (trainer.position.task - 1) * trainer.steps + trainer.position.step >= stop_at
+    )
     trainer = Trainer(config, run, world, Tracker(), judge, stop, time.monotonic())
     method: Any = Poisoned(trainer.method, lambda: last and trainer.position.step in poisoned)
     trainer.method = method
@@ -102,9 +105,9 @@ def learn(
     pulse.INTERVAL_SECONDS = 0.0  # these steps are so fast that the ranks would hardly meet
     try:
         result["account"] = trainer.fit()
-        result["teacher"] = read_teacher(run.teacher(1)).teacher_id
+        result["teacher"] = read_teacher(run.teacher(len(config.data.tasks))).teacher_id
     except (UserError, Stopped) as error:
         result |= {"error": type(error).__name__, "message": str(error)}
     finally:
         trainer.close()
-    return result | {"checkpoints": [step for _, step in checkpoints(run, 1)]}
+    return result | {"checkpoints": [step for _, step in checkpoints(run, len(config.data.tasks))]}

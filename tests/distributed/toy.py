@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 GLOBAL_BATCH = 8
 CLASSES = 3
+PENALTY_WEIGHT = 0.7
 
 
 class ToyDenoiser(nn.Module):
@@ -53,3 +54,12 @@ def batch(step: int, rank: int = 0, size: int = 1) -> tuple[Tensor, Tensor, Tens
 def learning_rate(step: int) -> float:
     """A warm-up, so that set_lr matters."""
     return 1e-2 * min(1.0, (step + 1) / 3)
+
+
+def memory(task: int) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """Weights, and what a Fisher information might be, by parameter name; c. As a penalty remembers a task."""
+    generator = torch.Generator().manual_seed(2000 + task)
+    shapes = {name: weight.shape for name, weight in make_model().named_parameters()}
+    weights = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    fisher = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    return weights, fisher, 0.05 * (task + 1)

@@ -21,6 +21,7 @@ from trainer.evaluation.features import (
     dinov2_directory,
     inception_directory,
 )
+from trainer.evaluation.frechet import frechet_of_features
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 1, 16, 16), dtype=np.uint8)
@@ -80,6 +81,51 @@ def test_inception_id_names_the_file_contents(inception_file: Path) -> None:
     with pytest.raises(UserError, match="not clean-fid's Inception weights"):
         InceptionFeatures(inception_file.parent, CPU)
     assert first.startswith("inception-cleanfid-") and len(first) == len("inception-cleanfid-") + 12
+
+
+class SmallInception(nn.Module):
+    """What clean-fid uses of its file, with 2,048 features that differ: random convolutions, then the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 7, stride=8), nn.ReLU(), nn.Conv2d(8, 2048, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        )
+        for parameter in self.layers.parameters():
+            nn.init.normal_(parameter, std=0.15)  # features of about Inception's size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:Matrix is singular")
+@pytest.mark.parametrize("size", [48, pytest.param(2048, marks=pytest.mark.slow)])  # SciPy's root: half a minute
+def test_distance_is_clean_fids_own_number_on_folders(tmp_path: Path, size: int) -> None:
+    """clean-fid reads the PNG files, resizes, normalises, embeds and measures; its real weights are not at hand."""
+    from cleanfid.fid import compute_fid
+    from cleanfid.inception_torchscript import InceptionV3W
+
+    torch.manual_seed(0)
+    torch.jit.save(torch.jit.script(SmallInception()), str(tmp_path / INCEPTION_FILE))
+    random = np.random.default_rng(1)
+    sets = []
+    for name, low in (("a", 0), ("b", 60)):
+        images = random.integers(low, 256, (60, 3, 12, 12), dtype=np.uint8)
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(images):
+            Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / name / f"{number:02d}.png")
+        sets.append(images)
+    theirs = InceptionV3W(str(tmp_path), download=False)
+
+    def embed(x: Tensor) -> Tensor:
+        return theirs(x)[:, :size]
+
+    folders = [str(tmp_path / name) for name in ("a", "b")]
+    expected = compute_fid(*folders, device=CPU, num_workers=0, custom_feat_extractor=embed, verbose=False)
+    extractor = InceptionFeatures(tmp_path, CPU)
+    first, second = (extractor.features(images)[:, :size] for images in sets)
+    assert frechet_of_features(first, second) == pytest.approx(expected, abs=1e-3)
+    assert expected > 0.1  # a hundred times the tolerance
 
 
 def test_missing_weights_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

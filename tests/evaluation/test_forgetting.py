@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from trainer.evaluation.forgetting import average, metric_matrix, result, task_forgetting, write_json
+from trainer.evaluation.rows import merged
 
 COST = {
     "train_seconds": 10.0,
@@ -88,3 +89,30 @@ def test_what_cannot_be_compared_or_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "metrics.json", {"fd": float("nan")})
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_losses_by_bin_floors_and_what_was_not_taken() -> None:
+    """Two tasks, two bins: the loss of the first grows in the second bin alone, by 0.5."""
+    first, second = row(1, [5.0], [0.9]), row(2, [9.0, 4.0], [0.95, 0.8])
+    first["tasks"][0]["loss_bins"] = [0.9, 0.25]
+    first["next_task"] = {"task": 2, "loss_bins": [1.0, 3.0]}
+    second["tasks"][0]["loss_bins"], second["tasks"][1]["loss_bins"] = [0.9, 0.75], [0.8, 0.1]
+    counts = {"samples": 40, "real_images": 30}
+    for item in (first, second):
+        entries = [{"task": entry["task"], "fd": 0.5, "accuracy": 0.99} for entry in item["tasks"]]
+        entries = [entry | dict.fromkeys(("precision", "recall", "density", "coverage"), 0.9) for entry in entries]
+        item["floor"] = {"fd": 0.25, "tasks": entries, **counts}
+    content = result("finetune", [first, second], COST)
+    assert content["matrix"]["loss_bins"] == [[[0.9, 0.25], None], [[0.9, 0.75], [0.8, 0.1]]]
+    assert content["loss_before"] == [None, [1.0, 3.0]]
+    assert content["final"]["forgetting_loss_bins"] == [[0.0, 0.5]] and content["final"]["forgetting_loss"] == 0.25
+    assert content["floor"]["fd"] == [[0.5, None], [0.5, 0.5]]
+    assert content["final"]["floor"] == content["after_task"][0]["floor"] == {"fd": 0.25, **counts}
+    assert "next_task" not in content["after_task"][0] and "bpd" not in content["matrix"]
+    second["tasks"][0]["loss_bins"] = [None, 0.75]
+    assert result("finetune", [first, second], COST)["final"]["forgetting_loss_bins"] == [[None, 0.5]]
+
+
+def test_rows_are_joined_task_by_task() -> None:
+    joined = merged({"fd": 1.0, "tasks": [{"task": 1, "fd": 2.0}]}, {"loss": 3.0, "tasks": [{"task": 1, "loss": 4.0}]})
+    assert joined == {"fd": 1.0, "loss": 3.0, "tasks": [{"task": 1, "fd": 2.0, "loss": 4.0}]}

@@ -18,7 +18,6 @@ from trainer.evaluation.generate import (
     asked_labels,
     balanced_count,
     generate,
-    generate_share,
     share_indices,
 )
 from trainer.kernels.philox import normal
@@ -47,7 +46,7 @@ def test_ranks_together_give_what_one_gives(world_size: int) -> None:
     model, count = tiny(), 20
     whole, asked = generate(model, SCHEDULE, [0, 2, 3], np.arange(count), SAMPLING, CPU)
     shares = [
-        generate_share(model, SCHEDULE, [0, 2, 3], count, SAMPLING, CPU, rank=rank, world_size=world_size)
+        generate(model, SCHEDULE, [0, 2, 3], share_indices(count, rank, world_size), SAMPLING, CPU)
         for rank in range(world_size)
     ]
     assert len({len(images) for images, _ in shares}) == 1  # what gathering needs

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.fuzz.mutate import amount, byte_mutants, settled, tree_mutants
 from trainer.config import Verify
-from trainer.data.buffer import open_buffers, save_buffer
+from trainer.data.buffer import open_buffers, save_buffer, select
 from trainer.data.dataset import TaskData
 from trainer.data.images import decode_image
 from trainer.data.shards import (
@@ -171,7 +171,8 @@ def says_the_same(content: DatasetCard | SplitIndex) -> bool:
 def test_buffers(tmp_path: Path, count: int) -> None:
     make(tmp_path, "png")
     directory = tmp_path / "buffer"
-    save_buffer(TaskData.open(tmp_path, "train", [1], Verify.size), 2, 0, directory)
+    data = TaskData.open(tmp_path, "train", [1], Verify.size)
+    save_buffer(data, select(data, 2, seed=0, task=1), directory)
 
     def all_of_it() -> Read:
         data = open_buffers([directory], Verify.sha256)

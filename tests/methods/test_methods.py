@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from trainer.config import MethodConfig, MethodName
+from trainer.config import DiffusionConfig, MethodConfig, MethodName, Prediction
 from trainer.data.batch import Examples
-from trainer.methods import Rehearsal, build_method
+from trainer.diffusion.schedules import make_schedule
+from trainer.methods import Rehearsal, Weights, build_method, task_weights
+from trainer.settings import load_config
 
 
 def examples(seed: int, count: int) -> Examples:
@@ -45,26 +49,69 @@ a, b = reference(CURRENT), reference(REPLAY)
         ("experience_replay", 3, a + 0.3 * b),
         ("generative_replay", 4, a / 4 + 0.75 * 0.7 * b),
         ("generative_distillation", 4, a / 4 + 0.75 * 0.7 * b),
+        ("lwf", 4, a / 4 + 0.75 * 0.7 * b),
+        ("gaussian_distillation", 4, a / 4 + 0.75 * 0.7 * b),
+        ("partial_generation", 4, a / 4 + 0.75 * 0.7 * b),
+        ("ewc", 3, a),
         ("generative_distillation", 2, a / 2 + 0.5 * 0.7 * b),
         ("generative_distillation", 1, a),
     ],
 )
 def test_loss_is_the_equation(name: str, task: int, expected: float) -> None:
     method = build_method(MethodConfig(MethodName(name), distillation_weight=0.7, rehearsal_coefficient=0.3))
-    terms = method.loss(predict, CURRENT, REPLAY, task)
+    terms = method.loss(predict, CURRENT, REPLAY, Weights(1 / task))
     assert terms["loss"].item() == pytest.approx(expected, rel=1e-5)
     assert terms["current"].item() == pytest.approx(a, rel=1e-5)
 
 
 def test_step_without_replay_keeps_its_share() -> None:
     method = build_method(MethodConfig(MethodName.generative_distillation))
-    assert method.loss(predict, CURRENT, None, 4)["loss"].item() == pytest.approx(a / 4, rel=1e-5)
+    assert method.loss(predict, CURRENT, None, Weights(1 / 4))["loss"].item() == pytest.approx(a / 4, rel=1e-5)
+
+
+UNEQUAL = ["data.tasks=[[0,1,2,3,4],[5],[6,7]]", "run.name=a"]
+
+
+def test_the_share_of_the_current_task() -> None:
+    by_tasks, by_classes = load_config("digits", UNEQUAL), load_config("digits", [*UNEQUAL, "method.share=classes"])
+    schedule = make_schedule(DiffusionConfig())
+    assert [task_weights(by_tasks, task, schedule).share for task in (1, 2, 3)] == [1.0, 1 / 2, 1 / 3]
+    assert [task_weights(by_classes, task, schedule).share for task in (1, 2, 3)] == [1.0, 1 / 6, 2 / 8]
+
+
+@pytest.mark.parametrize("prediction", list(Prediction))
+def test_min_snr_weights_are_those_of_diffusers(prediction: Prediction) -> None:
+    """As diffusers' training examples write them, from its `compute_snr`."""
+    config = load_config("digits", ["method.min_snr=5", f"diffusion.prediction={prediction.value}", "run.name=a"])
+    weights = task_weights(config, 2, make_schedule(config.diffusion)).by_timestep
+    snr = compute_snr(DDPMScheduler(1000), torch.arange(1000)).double()
+    expected = torch.minimum(snr, torch.tensor(5.0)) / (snr + 1 if prediction is Prediction.v else snr)
+    assert weights is not None
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-3, atol=0)  # their alpha_bar is a product in fp32
+    assert weights.min() < 1e-3 and weights.max() <= 1
+
+
+def test_weighted_timesteps_in_the_loss() -> None:
+    weights = Weights(1 / 4, torch.linspace(2.0, 0.5, 1000))
+    method = build_method(MethodConfig(MethodName.generative_distillation, distillation_weight=0.7))
+    terms = method.loss(predict, CURRENT, REPLAY, weights)
+    expected = 0.0
+    for batch, factor in ((CURRENT, 1 / 4), (REPLAY, 3 / 4 * 0.7)):
+        single = [reference(one(batch, row)) * (2.0 - 1.5 * int(batch.t[row]) / 999) for row in range(len(batch))]
+        expected += factor * float(np.mean(single))
+    assert terms["loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert (terms["current"].item(), terms["replay"].item()) == (pytest.approx(a, rel=1e-5), pytest.approx(b, rel=1e-5))
+
+
+def one(batch: Examples, row: int) -> Examples:
+    rows = slice(row, row + 1)
+    return Examples(batch.x[rows], batch.t[rows], batch.target[rows], batch.label[rows])
 
 
 def test_gradient_reaches_only_the_student() -> None:
     weight = torch.ones(1, requires_grad=True)
     method = build_method(MethodConfig(MethodName.generative_distillation))
-    terms = method.loss(lambda x, t, label: weight * x, CURRENT, REPLAY, 2)
+    terms = method.loss(lambda x, t, label: weight * x, CURRENT, REPLAY, Weights(1 / 2))
     terms["loss"].backward()
     x, y = CURRENT.x.double(), REPLAY.x.double()
     by_hand = (x - CURRENT.target).mul(x).mean() + (y - REPLAY.target).mul(y).mean()
@@ -77,4 +124,8 @@ def test_what_each_method_is_fed() -> None:
     assert fed[MethodName.generative_distillation].rehearsal is Rehearsal.teacher
     assert fed[MethodName.generative_replay].rehearsal is Rehearsal.noise
     assert fed[MethodName.experience_replay].rehearsal is Rehearsal.buffer
+    for name in ("lwf", "gaussian_distillation", "partial_generation"):
+        assert fed[MethodName(name)].rehearsal is Rehearsal.teacher
+    for name in ("l2", "ewc", "rank1_ewc"):
+        assert fed[MethodName(name)].rehearsal is Rehearsal.none
     assert [name.value for name, method in fed.items() if method.all_tasks] == ["joint"]

@@ -1,4 +1,8 @@
-"""A small class-balanced buffer of real images for experience replay, kept as shards in the run directory."""
+"""A small buffer of real images for experience replay, kept as shards in the run directory.
+
+Class-balanced, or a reservoir: a uniform sample of all images of the tasks so far (Vitter 1985), drawn by giving each
+image a random number and keeping the smallest, so that it is a function of the seed and the images alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config import Verify
+from trainer.config import Buffer, MethodConfig, Verify
 from trainer.data.dataset import KEY, TaskData, open_directory
 from trainer.data.files import FilePool
 from trainer.data.shards import LABEL_EXTENSION, Sample, read_index, write_index, write_shard
@@ -32,15 +36,32 @@ def select(data: TaskData, per_class: int, seed: int, task: int) -> NDArray[np.i
     return ranked[np.arange(len(ranked)) - starts < per_class].astype(np.int64)
 
 
-def save_buffer(data: TaskData, per_class: int, seed: int, directory: Path) -> None:
-    """Copy a selection of one task's images, bytes and keys unchanged, and publish it atomically.
+def reservoir(data: TaskData, size: int, seed: int) -> NDArray[np.int64]:
+    """Indices of at most `size` samples, each equally likely whatever its class or task; in the order of their ranks.
+
+    What is chosen of a part and of the rest is chosen of both together: reservoirs of single tasks are enough to make
+    that of all tasks.
+    """
+    rank = derive(seed, "reservoir", data.keys).view(np.uint64)
+    return np.lexsort((data.keys, rank))[:size].astype(np.int64)
+
+
+def choose(data: TaskData, method: MethodConfig, seed: int, task: int) -> NDArray[np.int64]:
+    """What a method's buffer may ever need of one task's images."""
+    if method.buffer is Buffer.reservoir:
+        return reservoir(data, method.buffer_size, seed)
+    return select(data, method.buffer_per_class, seed, task)
+
+
+def save_buffer(data: TaskData, indices: NDArray[np.int64], directory: Path) -> None:
+    """Copy some of one task's images, bytes and keys unchanged, and publish them atomically.
 
     Raises:
         UserError: an image that cannot be read, or a disk that cannot be written.
     """
     assert len(data.indexes) == 1, "a buffer holds samples of one task"
     index = data.indexes[0]
-    chosen = data.subset(select(data, per_class, seed, index.task))
+    chosen = data.subset(indices)
     samples = [
         Sample(
             key,

@@ -43,14 +43,13 @@ def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
     Raises:
         ConfigError: no timesteps, or betas outside (0, 1), naming the key.
     """
-    betas = _betas(config)
-    alpha_bar = torch.cumprod(1.0 - betas, dim=0)
+    alpha_bar = torch.cumprod(1.0 - betas(config), dim=0)
     signal, sigma = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
     return NoiseSchedule(signal.to(torch.float32), sigma.to(torch.float32), config.prediction)
 
 
-def _betas(config: DiffusionConfig) -> Tensor:
-    """float64 (T,)."""
+def betas(config: DiffusionConfig) -> Tensor:
+    """beta_t of q(x_t | x_{t-1}), float64 (T,). Raises ConfigError as `make_schedule` does."""
     if config.timesteps < 2:
         raise ConfigError(f"diffusion.timesteps: {config.timesteps}, must be at least 2")
     if config.schedule is Schedule.cosine:

@@ -1,4 +1,4 @@
-"""The measures after a task: Frechet distance, class mix and accuracy, over all classes seen and task by task."""
+"""The measures of samples after a task, over all classes seen and task by task."""
 
 from __future__ import annotations
 
@@ -16,22 +16,42 @@ from trainer.evaluation.classifier import Classifier, Report, classifier_setting
 from trainer.evaluation.features import FeatureExtractor, Float32, LabelledImages, build_extractor
 from trainer.evaluation.frechet import frechet_of_features
 from trainer.evaluation.kld import class_counts, class_kld
-from trainer.evaluation.reference import Reference, load_reference
+from trainer.evaluation.neighbours import overlap
+from trainer.evaluation.reference import Reference, load_reference, split_features
 
 CACHE_NAME = "evaluator"  # under the data root
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated images (n, C, H, W) and what the judges make of them: features (n, d), predicted class ids (n,).
+
+    `asked`: the class ids asked for (n,); None for an unconditional model.
+    """
+
+    images: NDArray[np.uint8]
+    asked: NDArray[np.int64] | None
+    predicted: NDArray[np.int64]
+    features: Float32
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 @dataclass(frozen=True)
 class Evaluator:
     """The judge of a run: a classifier, a feature extractor, and the real images' features.
 
-    `tasks[k - 1]` are the class ids of task k. Only one process needs it.
+    `tasks[k - 1]` are the class ids of task k; `open_split` gives the images of "train" and "test" over all tasks of
+    the data set at `root`. Only one process needs it.
     """
 
     extractor: FeatureExtractor
     classifier: Classifier
     reference: Reference
     tasks: tuple[tuple[int, ...], ...]
+    root: Path
+    open_split: Callable[[str], LabelledImages]
 
     @property
     def id(self) -> str:
@@ -43,12 +63,25 @@ class Evaluator:
         names = [self.classifier.id] if self.extractor is self.classifier else [self.extractor.id, self.classifier.id]
         return "/".join([*names, self.reference.split])
 
+    @property
+    def cache(self) -> Path:
+        """Where what is computed once for a data set is kept."""
+        return self.root / CACHE_NAME
+
     def classes_seen(self, after_task: int) -> list[int]:
         return [label for task in self.tasks[:after_task] for label in task]
 
+    def split_features(self, split: str, images: LabelledImages) -> Float32:
+        """Features (N, d) of all images of a split, computed once for a data set."""
+        return split_features(self.root, split, len(self.tasks), self.extractor, images, self.cache)
+
+    def look(self, images: NDArray[np.uint8], asked: NDArray[np.int64] | None) -> Samples:
+        """Put generated images before the judges."""
+        return Samples(images, asked, self.classifier.predict(images), self.extractor.features(images))
+
     def evaluate(self, images: NDArray[np.uint8], asked: NDArray[np.int64] | None, after_task: int) -> dict[str, Any]:
         """Measure samples of the model learnt up to and including `after_task`; see `evaluate`."""
-        return evaluate(self, images, asked, after_task)
+        return evaluate(self, self.look(images, asked), after_task)
 
 
 def open_evaluator(
@@ -81,51 +114,50 @@ def open_evaluator(
     classifier = load_or_train(cache, settings, open_split, device, report)
     extractor = build_extractor(config.extractor, config.extractor_path, classifier, device)
     reference = load_reference(root, len(tasks), extractor, open_split, cache)
-    return Evaluator(extractor, classifier, reference, tuple(tuple(task) for task in tasks))
+    return Evaluator(extractor, classifier, reference, tuple(tuple(task) for task in tasks), root, open_split)
 
 
-def evaluate(
-    evaluator: Evaluator, images: NDArray[np.uint8], asked: NDArray[np.int64] | None, after_task: int
-) -> dict[str, Any]:
-    """Measures of generated images, as JSON values.
+def evaluate(evaluator: Evaluator, samples: Samples, after_task: int) -> dict[str, Any]:
+    """Measures of generated images of all classes seen, as JSON values.
 
     Args:
-        images: samples (n, C, H, W), of all classes seen.
-        asked: class ids asked for (n,); None for an unconditional model.
         after_task: the number of tasks learnt.
 
     Returns:
-        fd: Frechet distance to the real images of all classes seen.
+        fd: Frechet distance to the real images of all classes seen; precision, recall, density, coverage: see
+        `neighbours.overlap`.
         kld: KL(real class shares || shares of predicted classes), see `kld.class_kld`.
         accuracy: share of samples predicted to be of the class asked for; None for an unconditional model.
-        samples, evaluator, fd_reference ("test" or "train+test").
-        tasks: for each task learnt: task, samples, fd, accuracy, share (of all samples predicted to be of its classes).
-        A task's samples are those asked to be of its classes, for an unconditional model those predicted to be. fd is
-        None where they, or the real images, are fewer than `frechet.MIN_SAMPLES` (16).
+        samples, real_images: how many of each; evaluator, fd_reference ("test" or "train+test").
+        tasks: for each task learnt: task, samples, real_images, fd, precision, recall, density, coverage, accuracy,
+        share (of all samples predicted to be of its classes). A task's samples are those asked to be of its classes,
+        for an unconditional model those predicted to be. What is measured by features is None where they, or the real
+        images, are fewer than `frechet.MIN_SAMPLES` (16).
     """
-    predicted = evaluator.classifier.predict(images)
-    features = evaluator.extractor.features(images)
     seen = evaluator.classes_seen(after_task)
     return {
-        "fd": frechet_of_features(features, evaluator.reference.of_classes(seen)),
-        "kld": _kld(evaluator, predicted, seen),
-        "accuracy": _accuracy(predicted, asked),
-        "samples": len(images),
+        **_by_features(evaluator, samples.features, seen),
+        "kld": _kld(evaluator, samples.predicted, seen),
+        "accuracy": _accuracy(samples.predicted, samples.asked),
         "evaluator": evaluator.id,
         "fd_reference": evaluator.reference.split,
-        "tasks": [_task(evaluator, task, features, predicted, asked) for task in range(1, after_task + 1)],
+        "tasks": [_task(evaluator, task, samples) for task in range(1, after_task + 1)],
     }
 
 
-def _task(
-    evaluator: Evaluator, task: int, features: Float32, predicted: NDArray[np.int64], asked: NDArray[np.int64] | None
-) -> dict[str, Any]:
+def _by_features(evaluator: Evaluator, features: Float32, classes: Sequence[int]) -> dict[str, Any]:
+    real = evaluator.reference.of_classes(classes)
+    counts = {"samples": len(features), "real_images": len(real)}
+    return {"fd": frechet_of_features(features, real), **overlap(features, real), **counts}
+
+
+def _task(evaluator: Evaluator, task: int, samples: Samples) -> dict[str, Any]:
     classes = evaluator.tasks[task - 1]
+    predicted, asked = samples.predicted, samples.asked
     own = np.isin(predicted if asked is None else asked, classes)
     return {
         "task": task,
-        "samples": int(own.sum()),
-        "fd": frechet_of_features(features[own], evaluator.reference.of_classes(classes)),
+        **_by_features(evaluator, samples.features[own], classes),
         "accuracy": None if asked is None else _accuracy(predicted[own], asked[own]),
         "share": float(np.isin(predicted, classes).mean()),
     }

@@ -38,6 +38,11 @@ class LabelledImages(Protocol):
         """Class ids, shape (N,)."""
         ...
 
+    @property
+    def keys(self) -> NDArray[np.uint64]:
+        """Stable ids of the samples, shape (N,)."""
+        ...
+
     def __len__(self) -> int: ...
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -12,8 +12,10 @@ from trainer.data.shards import write_atomic
 Matrix = list[list[float | None]]
 
 TASK_METRICS = ("fd", "accuracy", "share")  # measured for single tasks
+MORE_TASK_METRICS = ("precision", "recall", "density", "coverage", "loss", "loss_bins", "bpd")  # where they were taken
 COST_KEYS = ("train_seconds", "teacher_evaluations", "replay_points_used", "starved_seconds", "images_per_second")
-_ROW_ONLY = ("tasks", "task")  # keys of an evaluation that go into the matrix, not into after_task
+FLOOR_METRICS = ("fd", "accuracy", "precision", "recall", "density", "coverage")
+_ROW_ONLY = ("tasks", "task", "next_task", "extent")  # keys of an evaluation that do not go into after_task as they are
 
 
 def task_forgetting(matrix: Matrix, *, higher_is_better: bool) -> list[float | None]:
@@ -55,6 +57,32 @@ def metric_matrix(rows: Sequence[Mapping[str, Any]], metric: str) -> Matrix:
     return matrix
 
 
+def loss_forgetting(rows: Sequence[Mapping[str, Any]]) -> list[list[float | None]]:
+    """How much each task's loss has grown since it was learnt, by bin of timesteps: [j][bin], of tasks 1 ... T - 1.
+
+    l[T][j][b] - l[j][j][b], with l[i][j] the loss of task j after learning task i: the same images and noise in both.
+    None where a loss was not finite. Unlike `task_forgetting` it starts from where the task was learnt.
+    """
+    return [
+        [
+            None if end is None or learnt is None else end - learnt
+            for end, learnt in zip(last["loss_bins"], row["tasks"][task]["loss_bins"], strict=True)
+        ]
+        for task, (row, last) in enumerate(zip(rows[:-1], rows[-1]["tasks"][:-1], strict=True))
+    ]
+
+
+def losses_before(rows: Sequence[Mapping[str, Any]]) -> list[list[float | None] | None]:
+    """The loss of each task, by bin of timesteps, of the model before it learnt the task; None of the first task."""
+    return [None, *(row["next_task"]["loss_bins"] for row in rows[:-1])]
+
+
+def floor_matrices(rows: Sequence[Mapping[str, Any]]) -> dict[str, Matrix]:
+    """FLOOR_METRICS of a second set of real images in place of the samples, as `metric_matrix` gives them."""
+    floors = [row["floor"] for row in rows]
+    return {metric: metric_matrix(floors, metric) for metric in FLOOR_METRICS}
+
+
 def result(
     method: str, rows: Sequence[Mapping[str, Any]], cost: Mapping[str, float | None], **extra: Any
 ) -> dict[str, Any]:
@@ -67,25 +95,23 @@ def result(
         extra: further keys ("seed").
 
     Returns:
-        {"method", "tasks", "matrix": {"fd", "accuracy", "share"}, "after_task", "final", "cost", "evaluator", ...}.
-        final is the last of after_task plus "forgetting" (mean over tasks, of the FD), "forgetting_accuracy",
-        "forgetting_per_task" (of the FD) and "lost_tasks": tasks whose FD could not be taken at the end any more,
-        because an unconditional model generates (nearly) nothing of them; they have no value in "forgetting".
+        {"method", "tasks", "matrix", "after_task", "final", "cost", "evaluator", ...}.
+        matrix: {"fd", "accuracy", "share"} and MORE_TASK_METRICS as far as taken. final: the last of after_task plus
+        "forgetting" (mean over tasks, of the FD), "forgetting_accuracy", "forgetting_per_task" (of the FD) and
+        "lost_tasks": tasks whose FD could not be taken at the end any more, because an unconditional model generates
+        (nearly) nothing of them; they have no value in "forgetting". With losses final has "forgetting_loss" (mean over
+        tasks and bins) and "forgetting_loss_bins" (`loss_forgetting`), and there is "loss_before" (`losses_before`).
+        floor: `floor_matrices`; over the classes seen it is in after_task and final, as their own "floor".
     """
     assert rows and len({row["evaluator"] for row in rows}) == 1, "rows of one evaluator"
     missing = [key for key in COST_KEYS if key not in cost]
     assert not missing, f"cost lacks {missing}"
-    matrices = {metric: metric_matrix(rows, metric) for metric in TASK_METRICS}
-    fd = task_forgetting(matrices["fd"], higher_is_better=False)
-    accuracy = task_forgetting(matrices["accuracy"], higher_is_better=True)
-    after = [{key: value for key, value in row.items() if key not in _ROW_ONLY} for row in rows]
-    final = after[-1] | {
-        "forgetting": average(fd),
-        "forgetting_accuracy": average(accuracy),
-        "forgetting_per_task": fd,
-        "lost_tasks": [task + 1 for task, value in enumerate(matrices["fd"][-1]) if value is None],
-    }
-    content = {
+    taken = {key for entry in rows[-1]["tasks"] for key in entry}
+    metrics = [*TASK_METRICS, *(metric for metric in MORE_TASK_METRICS if metric in taken)]
+    matrices = {metric: metric_matrix(rows, metric) for metric in metrics}
+    after = [_after(row) for row in rows]
+    final = after[-1] | _forgetting(matrices)
+    content: dict[str, Any] = {
         "method": method,
         "tasks": len(rows),
         "matrix": matrices,
@@ -94,7 +120,33 @@ def result(
         "cost": dict(cost),
         "evaluator": rows[0]["evaluator"],
     }
+    if "loss_bins" in taken:
+        bins = loss_forgetting(rows)
+        content["final"] |= {
+            "forgetting_loss": average([value for task in bins for value in task]),
+            "forgetting_loss_bins": bins,
+        }
+        content["loss_before"] = losses_before(rows)
+    if "floor" in rows[-1]:
+        content["floor"] = floor_matrices(rows)
     return content | extra
+
+
+def _forgetting(matrices: Mapping[str, Matrix]) -> dict[str, Any]:
+    fd = task_forgetting(matrices["fd"], higher_is_better=False)
+    return {
+        "forgetting": average(fd),
+        "forgetting_accuracy": average(task_forgetting(matrices["accuracy"], higher_is_better=True)),
+        "forgetting_per_task": fd,
+        "lost_tasks": [task + 1 for task, value in enumerate(matrices["fd"][-1]) if value is None],
+    }
+
+
+def _after(row: Mapping[str, Any]) -> dict[str, Any]:
+    after = {key: value for key, value in row.items() if key not in _ROW_ONLY}
+    if "floor" in after:
+        after["floor"] = {key: value for key, value in after["floor"].items() if key not in _ROW_ONLY}
+    return after
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

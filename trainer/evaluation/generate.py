@@ -108,21 +108,6 @@ def generate(
     return torch.cat(parts), None if asked is None else torch.from_numpy(asked)
 
 
-def generate_share(
-    model: SampledModel,
-    schedule: NoiseSchedule,
-    classes: Sequence[int],
-    count: int,
-    sampling: Sampling,
-    device: torch.device,
-    *,
-    rank: int,
-    world_size: int,
-) -> tuple[Tensor, Tensor | None]:
-    """This rank's part of `count` samples; see `share_indices` for how the parts are put together."""
-    return generate(model, schedule, classes, share_indices(count, rank, world_size), sampling, device)
-
-
 @torch.no_grad()
 def _sample(
     model: Callable[[Tensor, Tensor, Tensor | None], Tensor],

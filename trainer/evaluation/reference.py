@@ -26,12 +26,14 @@ TEST_ONLY, WITH_TRAIN = "test", "train+test"
 class Reference:
     """Features (N, d) and class ids (N,) of the real images that generated ones are measured against.
 
-    `split`: "test", or "train+test" where the test split has fewer than MIN_TEST_IMAGES images in all.
+    `split`: "test", or "train+test" where the test split has fewer than MIN_TEST_IMAGES images in all; `id` names
+    images and extractor.
     """
 
     split: str
     features: Float32
     labels: NDArray[np.int64]
+    id: str
 
     def of_classes(self, classes: Sequence[int]) -> Float32:
         """Features of the images of these classes, shape (n, d)."""
@@ -56,12 +58,19 @@ def load_reference(
     test = open_split("test")
     split = TEST_ONLY if len(test) >= MIN_TEST_IMAGES else WITH_TRAIN
     parts = [(name, test if name == "test" else open_split(name)) for name in split.split("+")]
-    features = [
-        _cached_features(directory / f"reference-{_key(root, name, tasks, extractor)}.safetensors", images, extractor)
-        for name, images in parts
-    ]
+    features = [split_features(root, name, tasks, extractor, images, directory) for name, images in parts]
     labels = np.concatenate([images.labels for _, images in parts])
-    return Reference(split, np.concatenate(features), labels)
+    return Reference(
+        split, np.concatenate(features), labels, "-".join(_key(root, name, tasks, extractor) for name, _ in parts)
+    )
+
+
+def split_features(
+    root: Path, split: str, tasks: int, extractor: FeatureExtractor, images: LabelledImages, directory: Path
+) -> Float32:
+    """Features (N, d) of all images of a split over all tasks, from the cache where they are there."""
+    path = directory / f"reference-{_key(root, split, tasks, extractor)}.safetensors"
+    return _cached_features(path, images, extractor)
 
 
 def image_features(images: LabelledImages, extractor: FeatureExtractor) -> Float32:

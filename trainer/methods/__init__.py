@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
-from trainer.config import MethodConfig, MethodName
-from trainer.methods.base import Method, Rehearsal, Terms
+from collections.abc import Callable
+
+from trainer.config import Config, MethodConfig, MethodName, PenaltyName, Share
+from trainer.diffusion.schedules import NoiseSchedule
+from trainer.methods.base import Method, Rehearsal, Terms, Weights, min_snr_weights
+from trainer.methods.ewc import Ewc
 from trainer.methods.experience_replay import ExperienceReplay
 from trainer.methods.finetune import Finetune
+from trainer.methods.gaussian_distillation import GaussianDistillation
 from trainer.methods.generative_distillation import GenerativeDistillation
 from trainer.methods.generative_replay import GenerativeReplay
 from trainer.methods.joint import Joint
+from trainer.methods.l2 import L2
+from trainer.methods.lwf import Lwf
+from trainer.methods.partial_generation import PartialGeneration
+from trainer.methods.penalty import Memory, Penalty
+from trainer.methods.rank1_ewc import Rank1Ewc
 
-__all__ = ["Method", "Rehearsal", "Terms", "build_method"]
+__all__ = [
+    "Memory",
+    "Method",
+    "Penalty",
+    "Rehearsal",
+    "Terms",
+    "Weights",
+    "build_method",
+    "build_penalty",
+    "task_weights",
+]
 
 
 def build_method(config: MethodConfig) -> Method:
-    """The method a configuration names."""
+    """The method a configuration names; those that are penalties finetune (see `build_penalty`)."""
     if config.name is MethodName.joint:
         return Joint()
     if config.name is MethodName.experience_replay:
         return ExperienceReplay(config.rehearsal_coefficient)
-    if config.name is MethodName.generative_replay:
-        return GenerativeReplay(config.distillation_weight)
-    if config.name is MethodName.generative_distillation:
-        return GenerativeDistillation(config.distillation_weight)
-    return Finetune()
+    taught: dict[MethodName, Callable[[float], Method]] = {
+        MethodName.generative_replay: GenerativeReplay,
+        MethodName.generative_distillation: GenerativeDistillation,
+        MethodName.lwf: Lwf,
+        MethodName.gaussian_distillation: GaussianDistillation,
+        MethodName.partial_generation: PartialGeneration,
+    }
+    return taught[config.name](config.distillation_weight) if config.name in taught else Finetune()
+
+
+def build_penalty(config: Config) -> Penalty | None:
+    """What holds the weights beside the method or as the method; remembers no task yet."""
+    kinds: dict[PenaltyName, Callable[[float], Penalty]] = {
+        PenaltyName.l2: L2,
+        PenaltyName.ewc: Ewc,
+        PenaltyName.rank1_ewc: Rank1Ewc,
+    }
+    kind = kinds.get(config.penalty)
+    return None if kind is None else kind(config.method.penalty_weight)
+
+
+def task_weights(config: Config, task: int, schedule: NoiseSchedule) -> Weights:
+    """How much the examples of a task count, counted from 1; on the device of the schedule."""
+    share = 1.0 / task
+    if config.method.share is Share.classes:
+        share = len(config.data.tasks[task - 1]) / len(config.classes_until(task))
+    gamma = config.method.min_snr
+    return Weights(share, min_snr_weights(schedule, gamma) if gamma else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.data.batch import Examples
-from trainer.methods.base import Predict, Rehearsal, Terms, current_loss, mixed_loss
+from trainer.methods.base import Predict, Rehearsal, Terms, Weights, current_loss, mixed_loss
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ExperienceReplay:
     rehearsal = Rehearsal.buffer
     all_tasks = False
 
-    def loss(self, predict: Predict, current: Examples, replay: Examples | None, task: int) -> Terms:
+    def loss(self, predict: Predict, current: Examples, replay: Examples | None, weights: Weights) -> Terms:
         if replay is None:
-            return current_loss(predict, current)
-        return mixed_loss(predict, current, replay, (1.0, self.rehearsal_coefficient))
+            return current_loss(predict, current, weights)
+        return mixed_loss(predict, current, replay, weights, (1.0, self.rehearsal_coefficient))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.data.batch import Examples
-from trainer.methods.base import Predict, Rehearsal, Terms, current_loss
+from trainer.methods.base import Predict, Rehearsal, Terms, Weights, current_loss
 
 
 @dataclass(frozen=True)
@@ -15,5 +15,5 @@ class Finetune:
     rehearsal = Rehearsal.none
     all_tasks = False
 
-    def loss(self, predict: Predict, current: Examples, replay: Examples | None, task: int) -> Terms:
-        return current_loss(predict, current)
+    def loss(self, predict: Predict, current: Examples, replay: Examples | None, weights: Weights) -> Terms:
+        return current_loss(predict, current, weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.data.batch import Examples
-from trainer.methods.base import Predict, Rehearsal, Terms, share_weighted_loss
+from trainer.methods.base import Predict, Rehearsal, Terms, Weights, share_weighted_loss
 
 
 @dataclass(frozen=True)
@@ -16,5 +16,5 @@ class GenerativeReplay:
     rehearsal = Rehearsal.noise
     all_tasks = False
 
-    def loss(self, predict: Predict, current: Examples, replay: Examples | None, task: int) -> Terms:
-        return share_weighted_loss(predict, current, replay, task, self.distillation_weight)
+    def loss(self, predict: Predict, current: Examples, replay: Examples | None, weights: Weights) -> Terms:
+        return share_weighted_loss(predict, current, replay, weights, self.distillation_weight)

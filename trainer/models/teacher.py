@@ -152,6 +152,16 @@ def _all(values: object, kind: type) -> bool:
     return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
+def check_teacher(directory: Path) -> TeacherCard:
+    """The card of a teacher whose weights are those that it describes. Raises UserError, naming the file."""
+    card, path = read_card(directory), directory / WEIGHTS_NAME
+    if (found := _sha256(path)) != card.teacher_id:
+        raise UserError(
+            f"{path}: sha256 {found[:12]}, its card says {one_line(card.teacher_id[:12])}: damaged or replaced"
+        )
+    return card
+
+
 def load_teacher(
     directory: Path, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> tuple[Denoiser, NoiseSchedule, TeacherCard]:
@@ -160,12 +170,8 @@ def load_teacher(
     Raises:
         UserError: a missing file, or weights that are not those of the card, naming the file.
     """
-    card = read_card(directory)
+    card = check_teacher(directory)
     path = directory / WEIGHTS_NAME
-    if (found := _sha256(path)) != card.teacher_id:
-        raise UserError(
-            f"{path}: sha256 {found[:12]}, its card says {one_line(card.teacher_id[:12])}: damaged or replaced"
-        )
     with torch.device("meta"):  # no initial values: they would cost time and draws of torch's generator
         model = build_denoiser(
             card.model_config, image_size=card.image_size, channels=card.channels, max_classes=card.max_classes

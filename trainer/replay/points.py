@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.data.batch import Examples
 from trainer.diffusion.schedules import NoiseSchedule
+from trainer.kernels.philox import normal
 from trainer.replay.decode import DecodedShard, Float16
 from trainer.replay.request import ReplayRequest
 from trainer.replay.trajectory import TrajectoryBatch, renoise
@@ -20,10 +21,11 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class StoredPoints:
-    """n replay points as stored: images (n, C, H, W) fp16 end points or states, targets fp16 or None for the noise;
+    """n replay points as stored: images (n, C, H, W) fp16 end points or states, or None where the point is the noise of
+    its seed; targets fp16 or None for the noise;
     t, seeds and label (n,) int64; on_path (n,) bool, which images are states, or None where all are of one kind."""
 
-    images: Tensor
+    images: Tensor | None
     targets: Tensor | None
     t: Tensor
     seeds: Tensor
@@ -44,23 +46,24 @@ def gather(
     Each part is one shard's share: places in the batch (m,), the shard, trajectories within it (m,), points (m,).
     """
     numbers = torch.empty((3, count), dtype=torch.int64, pin_memory=pin)
-    shape = (2 if request.teacher_targets else 1, count, *request.image_shape)
-    pixels = torch.empty(shape, dtype=torch.float16, pin_memory=pin)
+    arrays = [request.sampled, request.teacher_targets]
+    pixels = torch.empty((sum(arrays), count, *request.image_shape), dtype=torch.float16, pin_memory=pin)
+    images, targets = (pixels[sum(arrays[:kind])] if there else None for kind, there in enumerate(arrays))
     on_path = torch.empty(count, dtype=torch.bool, pin_memory=pin) if _mixed(request) else None
     label, t, seeds = numbers.numpy()
-    images, targets = pixels[0].numpy(), pixels[1].numpy() if request.teacher_targets else None
     for places, shard, trajectories, points in parts:
         label[places] = shard.label[trajectories]
         t[places] = shard.t[trajectories, points]
         seeds[places] = shard.seeds[trajectories, points]
-        _gather_images(images, places, shard, trajectories, points)
+        if images is not None:
+            _gather_images(images.numpy(), places, shard, trajectories, points)
         if on_path is not None:
             on_path.numpy()[places] = points < request.path_points
         if targets is not None and shard.targets is not None:
-            targets[places] = shard.targets[trajectories, points]
+            targets.numpy()[places] = shard.targets[trajectories, points]
     return StoredPoints(
-        pixels[0],
-        None if targets is None else pixels[1],
+        images,
+        targets,
         t=numbers[1],
         seeds=numbers[2],
         label=numbers[0],
@@ -89,7 +92,6 @@ def _gather_images(out: Float16, places: Int64, shard: DecodedShard, trajectorie
 def first_points(batch: TrajectoryBatch) -> StoredPoints:
     """The first point of each trajectory of a fresh batch: all of one kind."""
     images = batch.end if batch.states is None else batch.states[:, 0]
-    assert images is not None, "no points without images"
     targets = None if batch.targets is None else batch.targets[:, 0]
     return StoredPoints(images, targets, batch.t[:, 0], batch.seeds[:, 0], batch.label, on_path=None)
 
@@ -99,12 +101,15 @@ def to_examples(
 ) -> Examples:
     """Training pairs: x_t as stored, or rebuilt from end point and seed; the target as stored, or the noise (or v)."""
     points = points.to(device)
-    if request.renoised_points:
-        x, noise = renoise(schedule, points.images, points.seeds, points.t, dtype)
+    images, noise = points.images, None
+    if images is None:
+        x = normal(points.seeds, request.image_shape).to(dtype)
+    elif request.renoised_points:
+        x, noise = renoise(schedule, images, points.seeds, points.t, dtype)
+        if points.on_path is not None:
+            x = torch.where(points.on_path[:, None, None, None], images.to(dtype), x)
     else:
-        x, noise = points.images.to(dtype), None
-    if points.on_path is not None:
-        x = torch.where(points.on_path[:, None, None, None], points.images.to(dtype), x)
+        x = images.to(dtype)
     target = noise if points.targets is None else points.targets.to(dtype)
     assert target is not None
     return Examples(x, points.t, target, points.label)

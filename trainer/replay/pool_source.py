@@ -142,7 +142,7 @@ class PoolSource:
         """Let some time pass before the next exchange, less where the step's points arrive."""
         self.loader.wait(step, seconds)
 
-    def points(self, step: int) -> Examples | None:
+    def points(self, step: int, current: Examples | None = None) -> Examples | None:
         """Training pairs of this rank for a step that may begin; None where the step goes without."""
         if step == self._replaced_step:
             stored, self._replaced = self._replaced, None

@@ -13,7 +13,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import Config, MethodName, OnStarved, Placement, Points, Precision, Retirement, Solver, Timesteps
+from trainer.config import (
+    Config,
+    MethodName,
+    OnStarved,
+    OwnPoints,
+    Placement,
+    Points,
+    Precision,
+    Retirement,
+    Solver,
+    Timesteps,
+)
 from trainer.data.shards import IMAGE_LIMIT, read_regular, write_atomic
 from trainer.errors import ConfigError, UserError, one_line
 from trainer.run import RunDir
@@ -40,8 +51,9 @@ class ReplayRequest:
     """`tasks/<k>/replay/request.json`, for learning task `task` (>= 2) with the teacher of the task before.
 
     `classes` are the global ids of all classes the teacher knows, in their fixed order. `points` is "renoised" (an end
-    point x_0 and fresh noise), "trajectory" (states on the sampling path) or "both" (of a trajectory's points the first
-    half, rounded up, lie on its path, the others are re-noised); `targets` is "teacher" (its prediction) or "noise".
+    point x_0 and fresh noise), "trajectory" (states on the sampling path), "both" (of a trajectory's points the first
+    half, rounded up, lie on its path, the others are re-noised) or "noise" (nothing but noise: no path is sampled);
+    `targets` is "teacher" (its prediction) or "noise".
     The R re-noised points of a trajectory have independent timesteps, or one in each R-th part of the schedule
     (`stratified`). `positions` replay points are used over the whole task, `step_positions` in each step, from `shards`
     shards, each stored point `reuse` times. A shard holds `shard_trajectories` trajectories of `points_per_trajectory`
@@ -85,13 +97,19 @@ class ReplayRequest:
     schema: int = REQUEST_SCHEMA
 
     @property
+    def sampled(self) -> bool:
+        """Whether trajectories are sampled; else they are groups of points with a label in common, which the teacher
+        is asked about directly."""
+        return self.points in [points.value for points in Points]
+
+    @property
     def path_points(self) -> int:
         """Points of a trajectory that lie on its path; they are the first, the others are re-noised."""
-        return Points(self.points).on_path(self.points_per_trajectory)
+        return Points(self.points).on_path(self.points_per_trajectory) if self.sampled else 0
 
     @property
     def renoised_points(self) -> int:
-        return self.points_per_trajectory - self.path_points
+        return self.points_per_trajectory - self.path_points if self.sampled else 0
 
     @property
     def teacher_targets(self) -> bool:
@@ -114,7 +132,9 @@ class ReplayRequest:
     @property
     def evaluations_per_trajectory(self) -> int:
         """Network evaluations per image: the sampler's, two in each guided step, and one for each teacher target at a
-        re-noised point."""
+        point that does not lie on the path."""
+        if not self.sampled:
+            return self.points_per_trajectory
         relabelled = self.renoised_points if self.teacher_targets else 0
         return self.steps * (1 if self.guidance == 1.0 else 2) + relabelled
 
@@ -185,7 +205,7 @@ def plan_request(
     """The same before there is a teacher, for `estimate`. Raises ConfigError, naming the key."""
     replay = config.replay
     inline = replay.placement is Placement.inline
-    points = 1 if inline else replay.points_per_trajectory  # in the loop each point has a trajectory of its own
+    points = config.points_per_trajectory
     positions = steps_per_task * config.replay_batch
     uses = replay.shard_trajectories * points * replay.reuse
     request = ReplayRequest(
@@ -198,7 +218,7 @@ def plan_request(
         image_size=config.data.image_size,
         channels=config.data.channels,
         timesteps=config.diffusion.timesteps,
-        points=replay.points.value,
+        points=config.points.value,
         targets="noise" if config.method.name is MethodName.generative_replay else "teacher",
         stratified=replay.timesteps is Timesteps.stratified,
         steps=replay.steps,
@@ -208,7 +228,7 @@ def plan_request(
         null_label=-1 if replay.guidance == 1.0 or config.null_label is None else config.null_label,
         clip_sample=replay.clip_sample,
         points_per_trajectory=points,
-        jitter=replay.jitter and replay.points is not Points.renoised,
+        jitter=replay.jitter and config.points in (Points.trajectory, Points.both),
         shard_trajectories=replay.shard_trajectories,
         sampler_batch=replay.sampler_batch,
         precision=replay.precision.value,
@@ -312,9 +332,9 @@ def _possible(request: ReplayRequest) -> Iterator[tuple[str, bool]]:
     yield "guidance", 0 <= request.guidance <= 10**6
     yield "null_label", -1 <= request.null_label < 1 << 31 and (request.null_label >= 0 or request.guidance == 1)
     yield "low_watermark", 0 <= request.low_watermark <= 1
-    yield "points", request.points in [points.value for points in Points]
+    yield "points", request.sampled or request.points == OwnPoints.noise.value
     yield "points_per_trajectory", not request.path_points or request.path_points < request.steps
-    yield "targets", request.targets == "teacher" or (request.targets == "noise" and not request.path_points)
+    yield "targets", request.targets == "teacher" or (request.targets == "noise" and request.points == "renoised")
     yield "precision", request.precision in [precision.value for precision in Precision]
     yield (
         "classes",

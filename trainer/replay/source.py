@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from trainer.config import Config, Placement
+from trainer.config import Config, OwnPoints, Placement
 from trainer.data.batch import Examples
 from trainer.diffusion.samplers import Predict
 from trainer.diffusion.schedules import NoiseSchedule
@@ -19,8 +19,9 @@ from trainer.replay.request import ReplayRequest
 from trainer.replay.teacher import open_teacher
 from trainer.replay.trajectory import sample_trajectories
 from trainer.run import RunDir
+from trainer.seeds import derive
 
-__all__ = ["InlineSource", "PoolSource", "ReplaySource", "open_source"]
+__all__ = ["CurrentSource", "InlineSource", "PoolSource", "ReplaySource", "open_source"]
 
 
 # What a source without a pool has to say of one.
@@ -54,8 +55,11 @@ class ReplaySource(Protocol):
         """Let some time pass, less where a step's points arrive."""
         ...
 
-    def points(self, step: int) -> Examples | None:
-        """This rank's share of a step's replay points, on its device; None where the step goes without."""
+    def points(self, step: int, current: Examples | None = None) -> Examples | None:
+        """This rank's share of a step's replay points, on its device; None where the step goes without.
+
+        `current` are its real images of the step, for a source that asks the teacher about those.
+        """
         ...
 
     def release(self, step: int) -> None:
@@ -95,9 +99,9 @@ class ReadySource:
 class InlineSource(ReadySource):
     """The papers' way: the training process itself samples one fresh trajectory for each replay point.
 
-    N + 1 evaluations of the teacher per point (2 N + 1 guided), one less where the target is the noise. Position p uses
-    trajectory p; points are the same, up to the composition of the teacher's batches, as those of a pool with one point
-    per trajectory.
+    N + 1 evaluations of the teacher per point (2 N + 1 guided), one less where the target is the noise or the point
+    lies on the path, and one in all where nothing is sampled. Position p uses trajectory p; points are the same, up to
+    the composition of the teacher's batches, as those of a pool with one point per trajectory.
     """
 
     def __init__(
@@ -119,7 +123,7 @@ class InlineSource(ReadySource):
         self.batch, self.world, self.device, self.dtype = batch, world, device, dtype
         self.counters = {name: (restored or {}).get(name, 0) for name in ("points_used", "teacher_evaluations")}
 
-    def points(self, step: int) -> Examples:
+    def points(self, step: int, current: Examples | None = None) -> Examples:
         share, size = self.batch // self.world.size, self.request.sampler_batch
         first = step * self.batch + self.world.rank * share
         pieces = [self._piece(start, min(start + size, first + share)) for start in range(first, first + share, size)]
@@ -141,6 +145,50 @@ class InlineSource(ReadySource):
         indices = np.arange(start, stop, dtype=np.int64)
         batch = sample_trajectories(self.teacher, self.schedule, self.request, indices, self.device)
         return to_examples(self.request, first_points(batch), self.schedule, self.device, self.dtype)
+
+
+class CurrentSource(ReadySource):
+    """The current task's own noisy images, with the teacher's prediction as the target: one evaluation per image.
+
+    A class-conditional teacher is asked for classes that it knows: the label of position p is drawn from them by p.
+    """
+
+    def __init__(
+        self,
+        teacher: Predict,
+        request: ReplayRequest,
+        *,
+        batch: int,
+        world: Ranks,
+        restored: Mapping[str, float] | None = None,
+    ) -> None:
+        """`teacher` is frozen and on the device of the images; `batch` is over all ranks."""
+        self.teacher, self.request, self.batch, self.world = teacher, request, batch, world
+        self.counters = {name: (restored or {}).get(name, 0) for name in ("points_used", "teacher_evaluations")}
+
+    @torch.no_grad()
+    def points(self, step: int, current: Examples | None = None) -> Examples:
+        assert current is not None and len(current) * self.world.size == self.batch, "checked before the run starts"
+        label = self._labels(step * self.batch + self.world.rank * len(current), current.label)
+        size = self.request.sampler_batch
+        pieces = [slice(start, start + size) for start in range(0, len(current), size)]
+        target = torch.cat([self.teacher(current.x[piece], current.t[piece], label[piece]) for piece in pieces])
+        for name in self.counters:
+            self.counters[name] += self.batch
+        return Examples(current.x, current.t, target.to(current.target.dtype), label)
+
+    def stats(self) -> dict[str, Any]:
+        return {**POOLLESS, **self.counters}
+
+    def _labels(self, first: int, like: torch.Tensor) -> torch.Tensor:
+        """int64 (B,), of the positions from `first` on."""
+        request = self.request
+        if not request.conditional:
+            return like
+        positions = np.arange(first, first + len(like), dtype=np.uint64)
+        drawn = derive(request.seed, f"lwf-label/{request.task}", positions).view(np.uint64)
+        labels = np.asarray(request.classes, dtype=np.int64)[drawn % np.uint64(len(request.classes))]
+        return torch.from_numpy(labels).to(like.device, non_blocking=True)
 
 
 def open_source(
@@ -167,6 +215,8 @@ def open_source(
     """
     if config.replay.placement is Placement.inline:
         teacher, own = open_teacher(run, request, device)
+        if config.points is OwnPoints.current:
+            return CurrentSource(teacher, request, batch=config.replay_batch, world=world, restored=restored)
         return InlineSource(
             teacher,
             own,

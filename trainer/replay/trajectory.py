@@ -26,10 +26,10 @@ class TrajectoryBatch:
     """B trajectories with P points each.
 
     Shapes: indices, label, start_seeds (B,) int64; t and seeds (B, P) int64, where `seeds` is the noise of a
-    re-noised point (unused on a path). In fp16, and None where no point needs them: end (B, C, H, W), the end points
-    that are noised again; states (B, P', C, H, W) of the first P' points, which lie on the path; targets
-    (B, P, C, H, W), the teacher's predictions, None where the target is the noise. `evaluations` counts network
-    evaluations, one per image.
+    re-noised point, or a point that is nothing else (unused on a path). In fp16, and None where no point needs them:
+    end (B, C, H, W), the end points that are noised again; states (B, P', C, H, W) of the first P' points, which lie on
+    the path; targets (B, P, C, H, W), the teacher's predictions, None where the target is the noise. `evaluations`
+    counts network evaluations, one per image.
     """
 
     indices: Int64
@@ -79,6 +79,8 @@ def sample_trajectories(
     Equal bytes on one kind of device need equal batches: callers always cut a shard into the same micro-batches.
     `alive` is called at every evaluation of the network.
     """
+    if not request.sampled:
+        return _ask_about_noise(teacher_call(teacher, alive), schedule, request, indices, device)
     start = _trajectory_seeds(request, "start", indices, device)
     label = torch.from_numpy(trajectory_labels(request, indices)).to(device, non_blocking=True)
     predict = teacher_call(teacher, alive)
@@ -117,6 +119,30 @@ def sample_trajectories(
         end=end if request.renoised_points else None,
         states=torch.stack(on_path.states, dim=1) if request.path_points else None,
         targets=torch.stack(targets, dim=1) if targets else None,
+        evaluations=len(indices) * request.evaluations_per_trajectory,
+    )
+
+
+def _ask_about_noise(
+    predict: Predict, schedule: NoiseSchedule, request: ReplayRequest, indices: Int64, device: torch.device
+) -> TrajectoryBatch:
+    """Points that are their own noise: the teacher's predictions at it, at timesteps of any size."""
+    label = torch.from_numpy(trajectory_labels(request, indices)).to(device, non_blocking=True)
+    seeds = torch.from_numpy(point_seeds(request, "noise", indices)).to(device, non_blocking=True)
+    t = _drawn_timesteps(request, indices, schedule.timesteps, device)
+    targets = [
+        predict(normal(seeds[:, point], request.image_shape), t[:, point], label).to(torch.float16)
+        for point in range(request.points_per_trajectory)
+    ]
+    return TrajectoryBatch(
+        indices,
+        label,
+        _trajectory_seeds(request, "start", indices, device),
+        t,
+        seeds,
+        end=None,
+        states=None,
+        targets=torch.stack(targets, dim=1),
         evaluations=len(indices) * request.evaluations_per_trajectory,
     )
 

@@ -1,4 +1,4 @@
-"""The table at the end of a run: after each task, then what was forgotten and what it cost."""
+"""The tables at the end of a run: after each task, each measure beside its floor, then forgetting and cost."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ MAX_WIDTH, MIN_WIDTH = 120, 80
 FIXED_WIDTH = 38  # of the columns that stand in every table
 TASK_WIDTH = 8  # of a task's column
 MISSING = "--"
+MEANING_WIDTH = 100  # from which there is room to say what a measure means
+BY_FEATURES = (  # name, key, digits, meaning; see trainer.evaluation.neighbours for the definitions
+    ("FD", "fd", 1, "features' distance; 0 is best"),
+    ("precision", "precision", 3, "samples amid real images"),
+    ("recall", "recall", 3, "real images amid samples"),
+    ("density", "density", 3, "how deep amid them; 1 as real"),
+    ("coverage", "coverage", 3, "real images with samples near"),
+    ("KLD", "kld", 3, "mix of classes; 0 is best"),
+)
 
 
 def result_table(result: Mapping[str, Any], width: int = 100, *, plain: bool = False) -> Table:
@@ -43,6 +52,64 @@ def result_table(result: Mapping[str, Any], width: int = 100, *, plain: bool = F
     return table
 
 
+def measures_table(result: Mapping[str, Any], width: int = 100, *, plain: bool = False) -> Table | None:
+    """Each measure at the end, over all classes, beside its floor: what as many real images get in place of samples.
+
+    None for a result from before there were floors.
+    """
+    final = result["final"]
+    if "floor" not in final:
+        return None
+    table = Table(box=box.ASCII2 if plain else box.ROUNDED)
+    table.add_column("at the end", no_wrap=True)
+    for name in ("value", "floor"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("images", no_wrap=True)
+    explained = width >= MEANING_WIDTH
+    if explained:
+        table.add_column("meaning")
+    for row in [*_sample_rows(final), *_real_rows(final), *_memorisation_rows(final)]:
+        table.add_row(*(row if explained else row[:-1]))
+    return table
+
+
+def _sample_rows(final: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    floor, images = final["floor"], f"{final['samples']:,} against {final['real_images']:,}"
+    rows = [
+        (name, number_text(final[key], digits), number_text(floor[key], digits), images, meaning)
+        for name, key, digits, meaning in BY_FEATURES
+    ]
+    if final["accuracy"] is not None:
+        values = percent_text(final["accuracy"]), percent_text(floor["accuracy"])
+        rows.append(("accuracy", *values, f"{final['samples']:,}", "of the class asked for"))
+    return rows
+
+
+def _real_rows(final: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What the model makes of test images: there is no second set to compare it with."""
+    rows: list[tuple[str, ...]] = []
+    if "loss" in final:
+        grown = f"grown by {number_text(final['forgetting_loss'], 4)} since learnt"
+        rows.append(("loss", number_text(final["loss"], 4), "", f"{final['loss_images']:,} images", grown))
+    if "bpd" in final:
+        error = f"bound; +- {number_text(final['bpd_standard_error'], 3)} over images"
+        rows.append(("bits/dim", number_text(final["bpd"], 3), "", f"{final['bpd_images']:,} images", error))
+    return rows
+
+
+def _memorisation_rows(final: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"memorised, {name}",
+            percent_text(found["features"]["memorised"]),
+            percent_text(found["features"]["held_out_memorised"]),
+            f"{found['samples']:,} against {found['learnt_images']:,}",
+            "nearer to one than real ones are",
+        )
+        for name, found in final.get("nearest", {}).items()
+    ]
+
+
 def summary_lines(result: Mapping[str, Any]) -> list[str]:
     """Forgetting and cost, one line each."""
     final, cost = result["final"], result["cost"]
@@ -63,8 +130,10 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
 def result_view(
     result: Mapping[str, Any], paths: Mapping[str, Path] | None = None, width: int = 100, *, plain: bool = False
 ) -> RenderableType:
-    """Table, forgetting, cost, and where the pictures are (`paths` by what they show)."""
+    """Tables, forgetting, cost, and where the pictures are (`paths` by what they show)."""
     lines: list[RenderableType] = [Text(_title(result), style="bold"), result_table(result, width, plain=plain)]
+    measures = measures_table(result, width, plain=plain)
+    lines += [] if measures is None else [measures]
     lines += [Text(line) for line in summary_lines(result)]
     if paths:
         longest = max(map(len, paths))

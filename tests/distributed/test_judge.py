@@ -1,0 +1,118 @@
+"""A whole evaluation: what stands in metrics.json, the same from one rank and from two, and what is done again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from tests.distributed.conftest import Pools
+from tests.distributed.judge_cases import SETTINGS, judge, open_judge
+from trainer.run import RunDir
+from trainer.settings import load_config
+from trainer.tracking.table import plain_result
+from trainer.world import World
+
+EVERYTHING = [
+    "evaluation.loss_images=9",
+    "evaluation.timestep_bins=4",
+    "evaluation.bpd_images=6",
+    "evaluation.bpd_timesteps=7",
+    "evaluation.nearest_training=true",
+]
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("judged")
+
+
+@pytest.fixture(scope="module")
+def judged(place: Path) -> dict[str, Any]:
+    return judge(ALONE, str(place), "alone", EVERYTHING)
+
+
+def flat(value: Any, where: str = "") -> dict[str, Any]:
+    """Numbers by their place."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    return {where: value} if parts is None else {k: v for key, x in parts for k, v in flat(x, f"{where}/{key}").items()}
+
+
+def test_the_result_has_each_measure_with_its_count_and_its_floor(judged: dict[str, Any], place: Path) -> None:
+    final, matrix = judged["final"], judged["matrix"]
+    for metric in ("fd", "precision", "recall", "density", "coverage", "accuracy", "kld"):
+        assert isinstance(final[metric], float) and isinstance(final["floor"][metric], float), metric
+    assert final["samples"] == 64 and final["real_images"] == (load_digits().target < 4).sum()
+    assert final["floor"]["samples"] == 64 and final["floor"]["real_images"] <= final["real_images"] / 2 + 4
+    for metric in ("fd", "precision", "recall", "density", "coverage"):
+        assert matrix[metric][0][1] is None and isinstance(judged["floor"][metric][1][0], float)
+    assert final["fd"] > 10 * final["floor"]["fd"] and final["precision"] < final["floor"]["precision"]
+    bins = matrix["loss_bins"]
+    assert [len(bins[1][0]), len(bins[1][1]), len(judged["loss_before"][1])] == [4, 4, 4]
+    assert judged["loss_before"][0] is None and judged["loss_before"][1] != bins[1][1]
+    grown = [end - learnt for end, learnt in zip(bins[1][0], bins[0][0], strict=True)]
+    assert final["forgetting_loss_bins"] == [pytest.approx(grown)] and final["loss_images"] == 18
+    assert final["bpd"] == pytest.approx(final["bpd_prior"] + final["bpd_decoder"] + sum(final["bpd_terms"]))
+    assert final["bpd_images"] == 12 and len(final["bpd_terms"]) == 7 and final["bpd_standard_error"] > 0
+    assert final["nearest"]["buffer"]["learnt_images"] == 10  # of task 1, rehearsed while learning task 2
+    assert final["nearest"]["training"]["learnt_images"] > 400 and "buffer" not in judged["after_task"][0]["nearest"]
+    assert json.loads((place / "alone" / "metrics.json").read_text()) == judged
+
+
+def test_two_ranks_measure_what_one_does(judged: dict[str, Any], pools: Pools, place: Path) -> None:
+    main, other = pools[2].run("judge", root=str(place), name="two", settings=EVERYTHING, limit=280)
+    assert other == {}
+    one, two = flat(judged), flat(main)
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        if isinstance(value, float) and ("loss" in key or "bpd" in key):
+            assert two[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+        elif isinstance(value, float):
+            assert two[key] == pytest.approx(value, rel=0.02, abs=0.02), key  # a pixel may be rounded the other way
+        else:
+            assert two[key] == value, key
+
+
+def test_rows_of_other_settings_are_made_again(judged: dict[str, Any], place: Path) -> None:
+    """Nothing is measured twice by the same settings; any difference, or an older row, is."""
+    config = load_config("digits", [f"data.root={place}/data", *SETTINGS, *EVERYTHING])
+    run = RunDir(place / "alone")
+    same = open_judge(config, run, ALONE)
+    kept = run.evaluation(1).stat().st_mtime_ns
+    same.after(1)
+    assert run.evaluation(1).stat().st_mtime_ns == kept
+    for key, value in (("timestep_bins", 5), ("bpd_images", 0), ("loss_images", 4), ("eta", 0.5), ("samples", 66)):
+        changed = load_config("digits", [f"data.root={place}/data", *SETTINGS, *EVERYTHING])
+        setattr(changed.evaluation, key, value)
+        assert open_judge(changed, run, ALONE)._stale(1), key
+    row = json.loads(run.evaluation(1).read_text())
+    text = json.dumps({key: value for key, value in row.items() if key != "extent"})
+    run.evaluation(1).write_text(text)  # as a version without these measures left it
+    same.after(1)
+    assert flat(json.loads(run.evaluation(1).read_text())) == pytest.approx(flat(row))
+
+
+def test_measures_can_be_left_out(place: Path) -> None:
+    content = judge(ALONE, str(place), "little", ["evaluation.loss_images=0", "method.name=finetune"])
+    assert "loss" not in content["final"] and "bpd" not in content["final"] and "loss_before" not in content
+    assert content["final"]["nearest"] == {}
+    text = plain_result(content)
+    assert "precision" in text and "loss" not in text and "memorised" not in text
+
+
+def test_the_table_prints_each_measure_beside_its_floor(judged: dict[str, Any]) -> None:
+    text = plain_result(judged)
+    rows = {cells[0].strip(): cells for line in text.splitlines() if len(cells := line.strip("|").split("|")) == 5}
+    assert float(rows["precision"][1]) == pytest.approx(judged["final"]["precision"], abs=5e-4)
+    assert float(rows["precision"][2]) == pytest.approx(judged["final"]["floor"]["precision"], abs=5e-4)
+    assert f"64 against {judged['final']['real_images']}" in rows["FD"][3]
+    assert "12 images" in rows["bits/dim"][3] and "18 images" in rows["loss"][3]
+    assert float(rows["memorised, buffer"][1].strip(" %")) == pytest.approx(
+        100 * judged["final"]["nearest"]["buffer"]["features"]["memorised"], abs=0.05
+    )
+    assert max(map(len, text.splitlines())) <= 100

@@ -1,0 +1,140 @@
+"""What the model of a task is asked for its evaluation, shared by all ranks: samples, and answers to real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.config import Config, Verify
+from trainer.data.dataset import TaskData
+from trainer.diffusion.likelihood import Posterior, timestep_strata
+from trainer.diffusion.schedules import NoiseSchedule
+from trainer.evaluation.generate import Sampling, balanced_count, generate, share_indices
+from trainer.evaluation.real_images import (
+    Measured,
+    RealImages,
+    bin_losses,
+    bound_row,
+    bound_terms,
+    loss_row,
+    smallest_seeds,
+)
+from trainer.models.denoiser import Denoiser
+from trainer.models.teacher import load_teacher
+from trainer.run import RunDir
+from trainer.stop import Stopped
+from trainer.world import World
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Samples (n, C, H, W), the classes asked for (n,) or None, and the rows of what was made of real images."""
+
+    images: NDArray[np.uint8]
+    asked: NDArray[np.int64] | None
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Puts the models of a run to the test; every method is a collective."""
+
+    config: Config
+    run: RunDir
+    world: World
+    interrupting: Callable[[], AbstractContextManager[None]]
+
+    def ask(self, task: int) -> Answers:
+        """All that the evaluation of the model learnt up to `task` needs of it, the same on every rank."""
+        model, schedule, card = load_teacher(self.run.teacher(task), self.world.device)
+        images, asked = self._samples(model, schedule, task)
+        measured = Measured(
+            model,
+            schedule,
+            Posterior.of(card.diffusion_config).to(self.world.device),
+            seed=self.config.run.seed,
+            batch=self.config.evaluation.batch,
+            device=self.world.device,
+        )
+        return Answers(images, asked, [*self._losses(measured, task), *self._bound(measured, task)])
+
+    def _samples(
+        self, model: Denoiser, schedule: NoiseSchedule, task: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+        config, classes = self.config, self.config.classes_until(task)
+        sampling = Sampling(
+            seed=config.run.seed,
+            draw=task,
+            shape=(config.data.channels, config.data.image_size, config.data.image_size),
+            steps=config.evaluation.steps,
+            solver=config.evaluation.solver,
+            eta=config.evaluation.eta,
+            guidance=config.evaluation.guidance,
+            batch=config.evaluation.batch,
+        )
+
+        def work(indices: NDArray[np.int64]) -> list[Tensor]:
+            images, asked = generate(model, schedule, classes, indices, sampling, self.world.device)
+            return [images] if asked is None else [images, asked]
+
+        images, *asked = self._shared(balanced_count(config.evaluation.samples, len(classes)), work)
+        return images, asked[0] if asked else None
+
+    def _losses(self, measured: Measured, task: int) -> list[dict[str, Any]]:
+        """Of the tasks learnt, and of the next one before it is."""
+        bins = self.config.evaluation.timestep_bins
+        data, tasks = self._real(min(task + 1, len(self.config.data.tasks)), self.config.evaluation.loss_images)
+        if data is None:
+            return []
+        (losses,) = self._shared(len(data), lambda rows: [bin_losses(measured, read(data, tasks, rows), bins)])
+        return [loss_row(losses, tasks, task)]
+
+    def _bound(self, measured: Measured, task: int) -> list[dict[str, Any]]:
+        count = self.config.evaluation.bpd_timesteps
+        data, tasks = self._real(task, self.config.evaluation.bpd_images)
+        if data is None:
+            return []
+        (terms,) = self._shared(len(data), lambda rows: [bound_terms(measured, read(data, tasks, rows), count)])
+        return [bound_row(terms, tasks, task, timestep_strata(measured.schedule.timesteps, count).tolist())]
+
+    def _real(self, last: int, count: int) -> tuple[TaskData | None, NDArray[np.int64]]:
+        """The same `count` test images of each task up to `last`, and the task of each; None for no images."""
+        if not count:
+            return None, np.empty(0, dtype=np.int64)
+        root, parts = Path(self.config.data.root), []
+        for task in range(1, last + 1):
+            data = TaskData.open(root, "test", [task], Verify.size)
+            parts.append(data.subset(smallest_seeds(data.keys, count, self.config.run.seed)))
+        tasks = np.repeat(np.arange(1, last + 1), [len(part) for part in parts])
+        return TaskData.concat(parts), tasks.astype(np.int64)
+
+    def _shared(self, count: int, work: Callable[[NDArray[np.int64]], Sequence[Tensor]]) -> list[NDArray[Any]]:
+        """The tensors (count, ...) that `work` gives of all indices, each rank doing its part of them.
+
+        Raises:
+            Stopped: on every rank, when one was stopped.
+        """
+        indices = share_indices(count, self.world.rank, self.world.size)
+        stopped: Stopped | None = None
+        parts: Sequence[Tensor] = ()
+        try:
+            with self.interrupting():
+                parts = work(indices)
+        except Stopped as error:
+            stopped = error
+        if self.world.any(stopped is not None):
+            raise stopped or Stopped("another rank was stopped")
+        return [self.world.all_gather(part.to(self.world.device)).cpu()[:count].numpy() for part in parts]
+
+
+def read(data: TaskData, tasks: NDArray[np.int64], rows: NDArray[np.int64]) -> RealImages:
+    """Images of a data set; rows past its end, of a rank whose share runs over, are taken from its beginning."""
+    rows = rows % len(data)
+    return RealImages(data.read(rows), data.labels[rows], data.keys[rows], tasks[rows])
