@@ -2,8 +2,8 @@
 
     python benchmarks/claims.py --table [--check]
 
-rewrites the tables of benchmarks/README.md and docs/replay.md from benchmarks/results/*.json, or says whether they are
-up to date.
+rewrites the tables of benchmarks/README.md, docs/replay.md and docs/results.md from benchmarks/results/*.json, or says
+whether they are up to date.
 """
 
 from __future__ import annotations
@@ -253,15 +253,20 @@ def _driver() -> str:
 def main(argv: Sequence[str]) -> int:
     """Rewrite or check the tables."""
     from catalogue import table, with_table
-    from quality.document import PAGE, with_tables
+    from field import document as results_page
+    from quality import document as replay_page
 
-    parser = ArgumentParser(description="The tables of benchmarks/README.md and docs/replay.md.")
+    parser = ArgumentParser(description="The tables of benchmarks/README.md, docs/replay.md and docs/results.md.")
     parser.add_argument("--table", action="store_true", required=True, help="write them from benchmarks/results/*.json")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where it is out of date")
     options = parser.parse_args(argv)
     results = README.parent / "results"
-    old = {page: page.read_text() for page in (README, PAGE)}
-    new = {README: with_table(old[README], table(results)), PAGE: with_tables(old[PAGE], results)}
+    old = {page: page.read_text() for page in (README, replay_page.PAGE, results_page.PAGE)}
+    new = {
+        README: with_table(old[README], table(results)),
+        replay_page.PAGE: replay_page.with_tables(old[replay_page.PAGE], results),
+        results_page.PAGE: results_page.with_tables(old[results_page.PAGE], results),
+    }
     if options.check:
         return 0 if new == old else BROKEN
     for page, text in new.items():

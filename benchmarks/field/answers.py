@@ -1,0 +1,197 @@
+"""What the measured rows say to each question: columns of its table, and claims that hold, do not, or stay open."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise, permutations
+from typing import Any, Literal
+
+from quality.paired import Interval
+
+from field.outcome import Outcome, Outcomes, difference, final, numbers, ratio, spread
+from field.rows import COEFFICIENTS, FINETUNE, GD, QUESTIONS, SETTINGS, Question
+
+Read = Callable[[Outcome], float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A claim about a ratio (against 1) or a difference (against 0) of rows that share their seeds.
+
+    It holds where the whole interval lies on the claimed side, does not where the whole lies on the other.
+    """
+
+    claim: str
+    measured: Interval
+    kind: Literal["ratio", "difference"]
+    expected: Literal["below", "above"] = "below"
+
+    @property
+    def verdict(self) -> str:
+        """yes, no or open."""
+        low, high, level = self.measured.low, self.measured.high, 1.0 if self.kind == "ratio" else 0.0
+        if low is None or high is None or low < level < high:
+            return "open"
+        return "yes" if (high <= level) == (self.expected == "below") else "no"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "verdict": self.verdict}
+
+
+MEASURES: dict[str, Read] = {
+    **{key: final(key) for key in ("fd", "kld", "precision", "recall", "density", "coverage")},
+    "forgetting": lambda outcome: float(outcome.result["final"]["forgetting"] or 0.0),
+    "memorised": lambda outcome: outcome.memorised,
+    "bpd": lambda outcome: statistics.fmean(outcome.bpd),
+    "bpd_grown": lambda outcome: outcome.bpd_grown,
+}
+COLUMNS = {
+    "order": ("fd", "kld", "precision", "recall"),
+    "rehearsal": ("fd", "kld", "precision", "recall", "memorised"),
+    "timesteps": ("fd",),
+    "likelihood": ("bpd", "bpd_grown", "fd", "kld"),
+    "penalty": ("fd", "kld", "precision", "recall"),
+}
+
+
+def rows_of(question: Question, outcomes: Outcomes) -> list[dict[str, Any]]:
+    """The rows of a question's table, as they stand in a result file; those without a finished run are left out."""
+    rows: list[dict[str, Any]] = []
+    for name in question.rows:
+        mine = outcomes.get(name)
+        if not mine:
+            continue
+        values = {key: spread(numbers(mine, MEASURES[key])) for key in COLUMNS[question.name]}
+        row: dict[str, Any] = {"row": name, "settings": list(SETTINGS[name]), "seeds": sorted(mine), "values": values}
+        if question.name == "timesteps":
+            row["loss_grown"] = _means([outcome.loss_grown for outcome in mine.values()])
+            row["loss_forgotten"] = _means([outcome.loss_forgotten for outcome in mine.values()])
+        rows.append(row)
+    return rows
+
+
+def answers_of(question: Question, outcomes: Outcomes) -> list[Answer]:
+    """The claims that can be judged from what is finished."""
+    return _ANSWERS[question.name](outcomes)
+
+
+def _order(outcomes: Outcomes) -> list[Answer]:
+    return [
+        answer for better, worse in pairwise(QUESTIONS["order"].rows) for answer in _better(outcomes, better, worse)
+    ]
+
+
+def _rehearsal(outcomes: Outcomes) -> list[Answer]:
+    whole, *reduced = (f"er-{coefficient}" for coefficient in COEFFICIENTS)
+    found: list[Answer] = []
+    for row in reduced:
+        found += _better(outcomes, row, whole)
+        found += _less(outcomes, row, whole, "memorised", "difference")
+    return found
+
+
+def _timesteps(outcomes: Outcomes) -> list[Answer]:
+    """The least noisy bin against the geometric mean of all others."""
+
+    def first(outcome: Outcome) -> float:
+        return outcome.loss_grown[0]
+
+    def others(outcome: Outcome) -> float:
+        return math.exp(statistics.fmean(math.log(value) for value in outcome.loss_grown[1:]))
+
+    return [
+        Answer(
+            f"{row}: the loss of earlier tasks grows less at the least noisy timesteps than at the others",
+            ratio(numbers(outcomes[row], first), numbers(outcomes[row], others)),
+            "ratio",
+        )
+        for row in QUESTIONS["timesteps"].rows
+        if row in outcomes and row != "joint"
+    ]
+
+
+def _likelihood(outcomes: Outcomes) -> list[Answer]:
+    """Pairs of rows of which the one with the better bits per dimension has the worse FD; both beyond doubt."""
+    found = _likelihood_of_finetuning(outcomes[FINETUNE]) if FINETUNE in outcomes else []
+    rows = [row for row in QUESTIONS["likelihood"].rows if row in outcomes]
+    for likelier, other in permutations(rows, 2):
+        ours, theirs = outcomes[likelier], outcomes[other]
+        bits = Answer(
+            f"{likelier} against {other}: fewer bits per dimension",
+            difference(numbers(ours, MEASURES["bpd"]), numbers(theirs, MEASURES["bpd"])),
+            "difference",
+        )
+        distance = Answer(
+            f"{likelier} against {other}: and yet a larger FD",
+            ratio(numbers(ours, MEASURES["fd"]), numbers(theirs, MEASURES["fd"])),
+            "ratio",
+            "above",
+        )
+        if bits.verdict == distance.verdict == "yes":
+            found += [bits, distance]
+    return found
+
+
+def _likelihood_of_finetuning(finetuned: Mapping[int, Outcome]) -> list[Answer]:
+    """What bits per dimension and FD say of the same models, before and after all was forgotten."""
+    bits, distance = (numbers(finetuned, read) for read in (_first_bpd_grown, _fd_grown))
+    nothing = dict.fromkeys(finetuned, 1.0)
+    return [
+        Answer(
+            "finetune: bits per dimension of the first task, at the end over when it was learnt, have fallen",
+            ratio(bits, nothing),
+            "ratio",
+        ),
+        Answer(
+            "finetune: FD to all classes learnt, at the end over after the first task, has grown",
+            ratio(distance, nothing),
+            "ratio",
+            "above",
+        ),
+    ]
+
+
+def _first_bpd_grown(outcome: Outcome) -> float:
+    bpd = outcome.result["matrix"]["bpd"]
+    return bpd[-1][0] / bpd[0][0]
+
+
+def _fd_grown(outcome: Outcome) -> float:
+    rows = outcome.result["after_task"]
+    return rows[-1]["fd"] / rows[0]["fd"]
+
+
+def _penalty(outcomes: Outcomes) -> list[Answer]:
+    return [answer for row in QUESTIONS["penalty"].rows[1:] for answer in _better(outcomes, row, GD)]
+
+
+def _better(outcomes: Outcomes, better: str, worse: str) -> list[Answer]:
+    return [
+        *_less(outcomes, better, worse, "fd", "ratio"),
+        *_less(outcomes, better, worse, "kld", "difference"),
+    ]
+
+
+def _less(outcomes: Outcomes, less: str, more: str, key: str, kind: Literal["ratio", "difference"]) -> list[Answer]:
+    if less not in outcomes or more not in outcomes:
+        return []
+    ours, theirs = numbers(outcomes[less], MEASURES[key]), numbers(outcomes[more], MEASURES[key])
+    measured = (ratio if kind == "ratio" else difference)(ours, theirs)
+    return [Answer(f"{_NAMES.get(key, key)}: {less} below {more}", measured, kind)]
+
+
+def _means(series: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(values) for values in zip(*series, strict=True)]
+
+
+_NAMES = {"fd": "FD", "kld": "KLD", "memorised": "share of samples that copy the buffer"}
+_ANSWERS: dict[str, Callable[[Outcomes], list[Answer]]] = {
+    "order": _order,
+    "rehearsal": _rehearsal,
+    "timesteps": _timesteps,
+    "likelihood": _likelihood,
+    "penalty": _penalty,
+}

@@ -1,0 +1,81 @@
+"""What is trained to look again at the field's findings: rows, and the questions that they answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FINETUNE, JOINT = "finetune", "joint"
+GD, GR = "generative_distillation", "generative_replay"
+COEFFICIENTS = ("1", "0.5", "0.2")  # of rehearsal, over the same small buffer
+PENALTIES = (("rank1_ewc", "15000"), ("rank1_ewc", "10"), ("ewc", "10"))  # and their weights; 15,000 is the paper's
+
+# The evaluations after each task; the final model is measured again on more samples. Few timesteps of the bound are
+# enough: what is compared are means over all images of a data set.
+EVALUATION = ("evaluation.samples=2000", "evaluation.bpd_images=24", "evaluation.bpd_timesteps=50")
+SETTINGS = {
+    FINETUNE: ("method.name=finetune",),
+    JOINT: ("method.name=joint",),
+    GD: ("method.name=generative_distillation",),
+    GR: ("method.name=generative_replay",),
+    **{
+        f"{GD}+{penalty}-{weight}": (
+            *("method.name=generative_distillation", f"method.penalty={penalty}", f"method.penalty_weight={weight}"),
+            "method.fisher_images=50",
+        )
+        for penalty, weight in PENALTIES
+    },
+    **{
+        f"er-{coefficient}": (
+            *("method.name=experience_replay", "method.buffer_per_class=2"),
+            f"method.rehearsal_coefficient={coefficient}",
+        )
+        for coefficient in COEFFICIENTS
+    },
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """`rows` are trained for it; `source` found the answer that is looked at again."""
+
+    name: str
+    text: str
+    rows: tuple[str, ...]
+    source: str
+
+
+QUESTIONS = {
+    question.name: question
+    for question in (
+        Question(
+            "order",
+            "joint <= generative distillation < generative replay < finetune, in FD and KLD",
+            (JOINT, GD, GR, FINETUNE),
+            "Masip et al. 2024, arXiv 2311.14028",
+        ),
+        Question(
+            "rehearsal",
+            "of a small buffer: is it better to rehearse with a coefficient below 1?",
+            tuple(f"er-{coefficient}" for coefficient in COEFFICIENTS),
+            "Zajac et al. 2023, arXiv 2303.15342",
+        ),
+        Question(
+            "timesteps",
+            "at which timesteps is more forgotten?",
+            (FINETUNE, GD, GR, JOINT),
+            "Zajac et al. 2023, arXiv 2303.15342",
+        ),
+        Question(
+            "likelihood",
+            "do bits per dimension tell what was forgotten?",
+            (JOINT, GD, GR, "er-1", FINETUNE),
+            "Zajac et al. 2023, arXiv 2303.15342",
+        ),
+        Question(
+            "penalty",
+            "is distillation better with a hold on the weights beside it?",
+            (GD, *(f"{GD}+{penalty}-{weight}" for penalty, weight in PENALTIES)),
+            "Wang et al. 2026, arXiv 2509.23593",
+        ),
+    )
+}
