@@ -20,13 +20,11 @@ from trainer.evaluation.classifier import (
     WEIGHTS_NAME,
     Classifier,
     ClassifierSettings,
-    ResNet,
-    SmallNet,
-    _augment,
     classifier_settings,
     load_or_train,
     train_classifier,
 )
+from trainer.evaluation.networks import ResNet, SmallNet, augment
 
 
 def short(digits: Digits, seed: int = 0) -> ClassifierSettings:
@@ -136,10 +134,10 @@ def test_resnet_has_the_stem_for_small_images() -> None:
 
 def test_augmentation_shifts_and_flips_whole_images() -> None:
     image = np.arange(64, dtype=np.uint8).reshape(1, 1, 8, 8)
-    shifted = _augment(np.repeat(image, 200, axis=0), np.random.default_rng(0), flip=False)
+    shifted = augment(np.repeat(image, 200, axis=0), np.random.default_rng(0), flip=False)
     padded = np.pad(image[0, 0], 1, mode="edge")
     windows = {padded[i : i + 8, j : j + 8].tobytes() for i in range(3) for j in range(3)}
     assert {np.ascontiguousarray(one[0]).tobytes() for one in shifted} == windows
-    flipped = _augment(np.repeat(image, 200, axis=0), np.random.default_rng(0), flip=True)
+    flipped = augment(np.repeat(image, 200, axis=0), np.random.default_rng(0), flip=True)
     mirrored = {np.ascontiguousarray(np.frombuffer(w, np.uint8).reshape(8, 8)[:, ::-1]).tobytes() for w in windows}
     assert {np.ascontiguousarray(one[0]).tobytes() for one in flipped} == windows | mirrored

@@ -13,9 +13,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
 from trainer.data.shards import read_index, task_directory, write_atomic
 from trainer.errors import UserError
 from trainer.evaluation.features import Float32, LabelledImages
+from trainer.evaluation.networks import (
+    Network,
+    Report,
+    build_network,
+    channels_last,
+    choose_architecture,
+    descend,
+    mapped,
+    training_input,
+)
 
 WEIGHTS_NAME = "classifier.safetensors"
 CARD_NAME = "classifier.json"
-VERSION = 1  # of the recipe below: part of the id, so a changed recipe trains again
-BATCH = 512  # images judged at once
-Report = Callable[[int, int, float], None]  # epoch, epochs, mean training loss
+VERSION = 1  # of the recipe, here and in `networks`: part of the id, so a changed recipe trains again
+PEAK_LR = 4e-3
 
 
 @dataclass(frozen=True)
@@ -62,62 +70,12 @@ class ClassifierSettings:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-class SmallNet(nn.Module):
-    """Three levels of convolutions, then the mean over positions: for 8x8 to 64x64 images, a few MFLOP each.
-
-    Levels are halved down to about 4x4; inputs of 32 pixels and more are halved by the first convolution already.
-    """
-
-    def __init__(self, image_size: int, channels: int, classes: int) -> None:
-        super().__init__()
-        halvings = max(0, round(math.log2(image_size / 4)))
-        stride = min(2 ** max(0, halvings - 2), 4)
-        self.width = 64 if image_size <= 16 else 128
-        widths = (32, 32, 64, self.width)
-        layers = _convolution(channels, widths[0], 3 if stride == 1 else 5, stride)
-        for level, (before, after) in enumerate(pairwise(widths)):
-            layers += _convolution(before, after, 3, 1)
-            if level < min(halvings, 2):
-                layers.append(nn.MaxPool2d(2))
-        self.trunk = nn.Sequential(*layers)
-        self.head = nn.Linear(self.width, classes)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Features (n, width) of images (n, C, H, W) in [-1, 1]."""
-        return self.trunk(x).mean(dim=(2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.embed(x))
-
-
-class ResNet(nn.Module):
-    """torchvision's ResNet-18 with the stem for small images: 3x3, no pooling (He et al. 2016, section 4.2)."""
-
-    def __init__(self, image_size: int, channels: int, classes: int) -> None:
-        super().__init__()
-        from torchvision.models import resnet18
-
-        self.trunk = resnet18(weights=None)
-        stride = 1 if image_size <= 32 else 2
-        self.trunk.conv1 = nn.Conv2d(channels, 64, 3, stride, 1, bias=False)
-        self.trunk.maxpool = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
-        self.trunk.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
-        self.head = nn.Linear(512, classes)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Features (n, 512) of images (n, C, H, W) in [-1, 1]."""
-        return self.trunk(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.embed(x))
-
-
 class Classifier:
     """A trained classifier as feature extractor; `classes[k]` is the class id of output k."""
 
     name = "classifier"
 
-    def __init__(self, network: SmallNet | ResNet, card: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, network: Network, card: dict[str, Any], device: torch.device) -> None:
         self.id = f"classifier-{card['id']}-{card['sha256'][:8]}"
         self.classes: tuple[int, ...] = tuple(card["settings"]["classes"])
         self.test_accuracy: float = card["test_accuracy"]
@@ -127,24 +85,15 @@ class Classifier:
 
     def features(self, images: NDArray[np.uint8]) -> Float32:
         """Features (n, d) of images (n, C, H, W)."""
-        return self._map(images, self._network.embed)
+        return mapped(self._network.embed, images, self._device)
 
     def probabilities(self, images: NDArray[np.uint8]) -> Float32:
         """Class probabilities (n, K), columns in the order of `classes`."""
-        return self._map(images, lambda x: self._network(x).softmax(dim=1))
+        return mapped(lambda x: self._network(x).softmax(dim=1), images, self._device)
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
         """The likeliest class id of each image, shape (n,)."""
         return np.asarray(self.classes, dtype=np.int64)[self.probabilities(images).argmax(axis=1)]
-
-    @torch.no_grad()
-    def _map(self, images: NDArray[np.uint8], function: Callable[[Tensor], Tensor]) -> Float32:
-        parts = [
-            function(_normalise(torch.from_numpy(images[i : i + BATCH]).to(self._device))).float().cpu().numpy()
-            for i in range(0, len(images), BATCH)
-        ]
-        assert parts, "no images to classify"
-        return np.concatenate(parts)
 
 
 def classifier_settings(
@@ -152,17 +101,15 @@ def classifier_settings(
 ) -> ClassifierSettings:
     """The settings for a built data set (`tasks`: class ids of each task, from task 1).
 
-    ResNet-18 for colour images of 32 pixels and more where there is a GPU, else the small network: on CPU cores the
-    large one takes hours. The choice is part of the id, so the numbers of the two are never mixed.
+    The architecture depends on the device; it is part of the id, so the numbers of the two are never mixed.
 
     Raises:
         UserError: an index that is missing or unreadable.
     """
     indices = [read_index(task_directory(root, "train", number)) for number in range(1, len(tasks) + 1)]
     count, first = sum(index.count for index in indices), indices[0]
-    large = first.image_size >= 32 and first.channels == 3 and device.type == "cuda"
     return ClassifierSettings(
-        architecture="resnet18" if large else "cnn",
+        architecture=choose_architecture(first.image_size, first.channels, device),
         image_size=first.image_size,
         channels=first.channels,
         classes=tuple(sorted(label for task in tasks for label in task)),
@@ -209,54 +156,29 @@ def load_or_train(
 
 def train_classifier(
     settings: ClassifierSettings, train: LabelledImages, device: torch.device, report: Report | None = None
-) -> SmallNet | ResNet:
-    """Train from scratch: AdamW, one-cycle learning rate (Smith and Topin 2019), shifts of up to 1/8 and flips.
+) -> Network:
+    """Train from scratch: cross-entropy (`networks.descend`), shifts of up to 1/8 and flips.
 
     Every image is held in memory as uint8. Given the seed, device kind and thread count the result is the same; the
     process's own random generators are left as they were.
     """
     images, labels = train.read(np.arange(len(train), dtype=np.int64)), _outputs(settings, train.labels)
     order = np.random.default_rng(settings.seed)
+    steps = math.ceil(len(images) / settings.batch)
+
+    def epoch_losses() -> Iterator[Tensor]:
+        for chosen in np.array_split(order.permutation(len(images)), steps):
+            x = training_input(images[chosen], order, settings.flip, device)
+            yield cross_entropy(network(x), torch.from_numpy(labels[chosen]).to(device))
+
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        network = _channels_last(_build(settings).to(device)).train()
-        steps = math.ceil(len(images) / settings.batch)
-        optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps * settings.epochs)
-        for epoch in range(settings.epochs):
-            total = torch.zeros((), device=device)
-            for chosen in np.array_split(order.permutation(len(images)), steps):
-                x = _augment(images[chosen], order, settings.flip)
-                y = torch.from_numpy(labels[chosen]).to(device)
-                x = _normalise(torch.from_numpy(x).to(device)).contiguous(memory_format=torch.channels_last)
-                loss = cross_entropy(network(x), y)
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
-                schedule.step()
-                total += loss.detach()
-            if report:
-                report(epoch + 1, settings.epochs, total.item() / steps)
-    return network.eval()
+        network = channels_last(_build(settings).to(device))
+        return descend(network, epoch_losses, epochs=settings.epochs, steps=steps, lr=PEAK_LR, report=report)
 
 
-def _build(settings: ClassifierSettings) -> SmallNet | ResNet:
-    kind = ResNet if settings.architecture == "resnet18" else SmallNet
-    return kind(settings.image_size, settings.channels, len(settings.classes))
-
-
-def _channels_last(network: SmallNet | ResNet) -> SmallNet | ResNet:
-    """The layout in which convolutions of few channels are fastest, on CPU by several times."""
-    return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-
-def _convolution(before: int, after: int, kernel: int, stride: int) -> list[nn.Module]:
-    convolution = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
-    return [convolution, nn.BatchNorm2d(after), nn.ReLU()]
-
-
-def _normalise(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1.0
+def _build(settings: ClassifierSettings) -> Network:
+    return build_network(settings.architecture, settings.image_size, settings.channels, len(settings.classes))
 
 
 def _outputs(settings: ClassifierSettings, labels: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -265,23 +187,7 @@ def _outputs(settings: ClassifierSettings, labels: NDArray[np.int64]) -> NDArray
     return np.fromiter((positions[int(label)] for label in labels), dtype=np.int64, count=len(labels))
 
 
-def _augment(images: NDArray[np.uint8], generator: np.random.Generator, flip: bool) -> NDArray[np.uint8]:
-    """Shift each image by up to an eighth of its size (the border is repeated); flip it where the data allow."""
-    size, count = images.shape[-1], len(images)
-    reach = max(1, size // 8)
-    padded = pad(torch.from_numpy(images).float(), (reach,) * 4, mode="replicate").to(torch.uint8).numpy()
-    windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[-2:], axis=(2, 3))
-    down, right = generator.integers(0, 2 * reach + 1, (2, count))
-    shifted = windows[np.arange(count), :, down, right]
-    if flip:
-        mirrored = generator.random(count) < 0.5
-        shifted[mirrored] = shifted[mirrored, :, :, ::-1]
-    return shifted
-
-
-def _accuracy(
-    network: SmallNet | ResNet, settings: ClassifierSettings, test: LabelledImages, device: torch.device
-) -> float:
+def _accuracy(network: Network, settings: ClassifierSettings, test: LabelledImages, device: torch.device) -> float:
     card = {"id": "", "sha256": "", "settings": asdict(settings), "test_accuracy": 0.0, "seconds": 0.0}
     predicted = Classifier(network, card, device).predict(test.read(np.arange(len(test), dtype=np.int64)))
     return float(np.mean(predicted == test.labels))
@@ -314,6 +220,6 @@ def _load(place: Path, settings: ClassifierSettings, device: torch.device) -> Cl
             raise ValueError("sha256 does not match")
         network = _build(settings)
         network.load_state_dict(load_safetensors(data))
-        return Classifier(_channels_last(network), card, device)
+        return Classifier(channels_last(network), card, device)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: not the classifier of {CARD_NAME} ({error}): delete {place} to train again") from None
