@@ -310,6 +310,17 @@ class EvaluationConfig:
 
 
 @dataclass
+class ClassifierConfig:
+    """The solver of Shin et al. 2017: a classifier that learns the same tasks, from what the method replays."""
+
+    epochs: int = 0  # passes over the images of each task; 0: no such classifier
+    batch: int = 64  # images of the task in a step, and as many replayed ones
+    lr: float = 4e-3  # largest learning rate of a task
+    replay_images: int = 0  # sampled from the previous model in all, for each task; 0: as many as the task has
+    temperature: float = 2.0  # of the previous classifier's soft labels for them
+
+
+@dataclass
 class CheckpointConfig:
     every_images: int = 0  # seen images between checkpoints; 0: four in each task
     keep: int = 2  # newest checkpoints kept while a task runs; the end of each task is always kept
@@ -339,6 +350,7 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from trainer.config import (
     OWN_POINTS,
-    TAUGHT,
     Buffer,
     Config,
+    MethodName,
     OnStarved,
     OwnPoints,
     PenaltyName,
@@ -48,8 +48,9 @@ def check_idle(config: Config, overrides: list[str]) -> None:
         conditions.append(("evaluation.timestep_bins", "evaluation.loss_images=0"))
     if not config.evaluation.bpd_images:
         conditions.append(("evaluation.bpd_timesteps", "evaluation.bpd_images=0"))
-    conditions += _idle_of_points(config)
-    if config.method.name not in TAUGHT:
+    conditions += _idle_of_points(config) + _idle_of_the_classifier(config)
+    shared = config.method.name is MethodName.experience_replay and config.classifier.epochs > 0  # by the classifier
+    if not config.needs_teacher and not shared:
         conditions.append(("method.share", f"method.name={config.method.name.value}"))
     unused = "buffer_per_class" if config.method.buffer is Buffer.reservoir else "buffer_size"
     conditions.append((f"method.{unused}", f"method.buffer={config.method.buffer.value}"))
@@ -81,3 +82,13 @@ def _idle_of_points(config: Config) -> list[tuple[str, str]]:
     if config.points is OwnPoints.current:
         conditions.append(("replay.timesteps", method))
     return conditions
+
+
+def _idle_of_the_classifier(config: Config) -> list[tuple[str, str]]:
+    if not config.classifier.epochs:
+        keys = "classifier.batch classifier.lr classifier.replay_images classifier.temperature"
+        return [(key, "classifier.epochs=0") for key in keys.split()]
+    if config.needs_teacher:
+        return []
+    method = f"method.name={config.method.name.value}"
+    return [(f"classifier.{key}", method) for key in ("replay_images", "temperature")]

@@ -20,6 +20,7 @@ from trainer.evaluation.memorisation import memorisation
 from trainer.evaluation.rows import merged
 from trainer.probe import Answers, Probe
 from trainer.run import RunDir
+from trainer.scholar import Scholar
 from trainer.tracking.grid import (
     ClassSamples,
     history_grid,
@@ -54,11 +55,16 @@ class Judge:
         self.class_names = list(class_names)
         self._interrupting = interrupting
         self._probe = Probe(config, run, world, interrupting)
+        self._scholar = Scholar(config, run, world, self._probe, tracker, interrupting)
         self.tasks = config.data.tasks
         self._evaluator = world.on_main(self._open)
 
     def after(self, task: int) -> None:
-        """Sample from the model learnt up to `task` and measure it, unless that has been done by this evaluator."""
+        """Sample from the model learnt up to `task` and measure it, unless that has been done by this evaluator.
+
+        Where the run teaches a classifier, that learns the task, too.
+        """
+        self._scholar.learn(task)
         if not self.world.any(self.world.is_main and self._stale(task)):
             return
         self.tracker.activity(f"evaluating after task {task}")
@@ -87,8 +93,9 @@ class Judge:
         from trainer.tracking.plots import save_summary  # matplotlib: half a second that no first step waits for
 
         rows = [self._row(task) for task in range(1, len(self.tasks) + 1)]
+        rows = [merged(row, *self._scholar.rows(task)) for task, row in enumerate(rows, 1) if row is not None]
         method, seed = self.config.method.name.value, self.config.run.seed
-        content = result(method, [row for row in rows if row is not None], account.pop("cost"), seed=seed) | account
+        content = result(method, rows, account.pop("cost"), seed=seed) | account
         save_summary(self.run.summary, content)
         steps = [load_samples(self.run.picked_samples(task)) for task in range(1, len(self.tasks) + 1)]
         title = f"{self.config.run.name}: samples after each task"

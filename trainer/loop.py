@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import torch
 from torch.profiler import record_function
 
-from trainer.config import Buffer, Config, Placement, Verify
+from trainer.config import Config, Placement, Verify
 from trainer.data.batch import Examples
-from trainer.data.buffer import choose, open_buffers, reservoir, save_buffer
+from trainer.data.buffer import choose, open_rehearsed, save_buffer
 from trainer.data.dataset import TaskData
 from trainer.data.label_dropout import LabelDropout
 from trainer.data.prepare import Preparer
@@ -394,10 +394,8 @@ class Trainer:
 
     def _buffer(self, task: int) -> TaskData:
         """The real images of earlier tasks that are rehearsed with a task."""
-        data = open_buffers([self.run.buffer(earlier) for earlier in range(1, task)], self.config.data.verify)
-        if self.config.method.buffer is Buffer.reservoir:
-            return data.subset(reservoir(data, self.config.method.buffer_size, self.config.run.seed))
-        return data
+        buffers = [self.run.buffer(earlier) for earlier in range(1, task)]
+        return open_rehearsed(buffers, self.config.method, self.config.run.seed, self.config.data.verify)
 
     def _stream(self, data: TaskData, task: int, global_batch: int) -> RealStream:
         return RealStream(

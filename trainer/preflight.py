@@ -27,13 +27,14 @@ from trainer.models.teacher import read_card as read_teacher_card
 from trainer.replay.request import plan_request
 from trainer.replay.state import read_json, writer_lives
 from trainer.run import RunDir
+from trainer.scholar import asked_for
 from trainer.settings import as_plain, refused_changes, restore_config
 from trainer.steps import steps_per_task
 
 LOCK_SECONDS = 10.0
 SWEPT = (
     *("*", "tasks/*/*", "report/*"),
-    *(f"tasks/*/{part}/*" for part in ("teacher", "checkpoints", "buffer", "fisher")),
+    *(f"tasks/*/{part}/*" for part in ("teacher", "checkpoints", "buffer", "fisher", "classifier")),
     *("tasks/*/replay/.progress.json.*", "tasks/*/replay/.request.json.*"),
 )
 
@@ -92,13 +93,13 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def finished_result(run: RunDir, config: Config) -> dict[str, Any] | None:
-    """The result of a run that has learnt every task of the configuration, else None."""
+    """The result of a run that has learnt every task of the configuration, with the classifier asked for, else None."""
     try:
         content = json.loads(run.metrics.read_bytes())
     except (OSError, ValueError):
         return None
     complete = isinstance(content, dict) and content.get("tasks") == len(config.data.tasks) and "final" in content
-    return content if complete else None
+    return content if complete and content["final"].get("classifier") == asked_for(config) else None
 
 
 def check_run(config: Config, run: RunDir) -> None:

@@ -54,7 +54,7 @@ class Probe:
     def ask(self, task: int) -> Answers:
         """All that the evaluation of the model learnt up to `task` needs of it, the same on every rank."""
         model, schedule, card = load_teacher(self.run.teacher(task), self.world.device)
-        images, asked = self._samples(model, schedule, task)
+        images, asked = self._samples(model, schedule, task, self.config.evaluation.samples, "evaluation")
         measured = Measured(
             model,
             schedule,
@@ -65,8 +65,14 @@ class Probe:
         )
         return Answers(images, asked, [*self._losses(measured, task), *self._bound(measured, task)])
 
+    def replayed(self, task: int, count: int) -> NDArray[np.uint8]:
+        """Images (n, C, H, W), n >= `count`, of the model learnt up to `task`, as many of each of its classes; the same
+        on every rank. Sampled as for an evaluation, but from other noise."""
+        model, schedule, _ = load_teacher(self.run.teacher(task), self.world.device)
+        return self._samples(model, schedule, task, count, "classifier")[0]
+
     def _samples(
-        self, model: Denoiser, schedule: NoiseSchedule, task: int
+        self, model: Denoiser, schedule: NoiseSchedule, task: int, count: int, purpose: str
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         config, classes = self.config, self.config.classes_until(task)
         sampling = Sampling(
@@ -78,13 +84,14 @@ class Probe:
             eta=config.evaluation.eta,
             guidance=config.evaluation.guidance,
             batch=config.evaluation.batch,
+            purpose=purpose,
         )
 
         def work(indices: NDArray[np.int64]) -> list[Tensor]:
             images, asked = generate(model, schedule, classes, indices, sampling, self.world.device)
             return [images] if asked is None else [images, asked]
 
-        images, *asked = self._shared(balanced_count(config.evaluation.samples, len(classes)), work)
+        images, *asked = self._shared(balanced_count(count, len(classes)), work)
         return images, asked[0] if asked else None
 
     def _losses(self, measured: Measured, task: int) -> list[dict[str, Any]]:

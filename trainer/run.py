@@ -140,6 +140,10 @@ class RunDir:
         """What `ewc` and `rank1_ewc` keep of `task` beside its teacher: fisher.safetensors and card.json."""
         return self.task(task) / "fisher"
 
+    def classifier(self, task: int) -> Path:
+        """The classifier that has learnt the tasks up to `task`: classifier.safetensors and card.json."""
+        return self.task(task) / "classifier"
+
     def evaluation(self, task: int) -> Path:
         """The measures after `task`."""
         return self.task(task) / "evaluation.json"

@@ -85,6 +85,7 @@ FREE_KEYS = (
     "replay.hang_timeout",
     "evaluation.batch",
     "evaluation.extractor_path",
+    "classifier.",
     "checkpoint.",
     "tracking.",
 )
@@ -248,7 +249,7 @@ def _check_numbers(config: Config) -> None:
         "replay.devices_per_node replay.threads replay.timeout replay.pool_gb replay.reuse_cap replay.hang_timeout "
         "evaluation.samples evaluation.steps evaluation.batch evaluation.grid_per_class evaluation.classifier_epochs "
         "evaluation.timestep_bins evaluation.bpd_timesteps checkpoint.keep tracking.profile_start "
-        "method.fisher_images method.fisher_draws"
+        "method.fisher_images method.fisher_draws classifier.batch classifier.lr classifier.temperature"
     )
     natural = (
         "train.threads replay.points_per_trajectory replay.batch replay.restarts replay.pool_shards replay.eta "
@@ -256,7 +257,8 @@ def _check_numbers(config: Config) -> None:
         "optimizer.eps optimizer.weight_decay optimizer.warmup_images optimizer.clip_norm method.distillation_weight "
         "method.rehearsal_coefficient checkpoint.every_images model.dropout tracking.wandb_samples "
         "method.penalty_weight method.min_snr method.buffer_per_class method.buffer_size model.max_classes "
-        "train.peak_tflops tracking.profile_steps evaluation.loss_images evaluation.bpd_images"
+        "train.peak_tflops tracking.profile_steps evaluation.loss_images evaluation.bpd_images "
+        "classifier.epochs classifier.replay_images"
     )
     values = dict(_flat(asdict(config)))
     for key, value in values.items():

@@ -91,3 +91,13 @@ def open_buffers(directories: Sequence[Path], verify: Verify) -> TaskData:
             raise UserError(f"{error}; {KEY}") from None
         parts.append(open_directory(directory, index, verify, pool))
     return TaskData.concat(parts)
+
+
+def open_rehearsed(directories: Sequence[Path], method: MethodConfig, seed: int, verify: Verify) -> TaskData:
+    """What a method rehearses of the buffers of the tasks so far: of a reservoir what remains of them all.
+
+    Raises:
+        UserError: a buffer that is missing or damaged.
+    """
+    data = open_buffers(directories, verify)
+    return data.subset(reservoir(data, method.buffer_size, seed)) if method.buffer is Buffer.reservoir else data

@@ -38,6 +38,7 @@ from trainer.evaluation.networks import (
     choose_architecture,
     descend,
     mapped,
+    output_numbers,
     training_input,
 )
 
@@ -162,7 +163,7 @@ def train_classifier(
     Every image is held in memory as uint8. Given the seed, device kind and thread count the result is the same; the
     process's own random generators are left as they were.
     """
-    images, labels = train.read(np.arange(len(train), dtype=np.int64)), _outputs(settings, train.labels)
+    images, labels = train.read(np.arange(len(train), dtype=np.int64)), output_numbers(settings.classes, train.labels)
     order = np.random.default_rng(settings.seed)
     steps = math.ceil(len(images) / settings.batch)
 
@@ -179,12 +180,6 @@ def train_classifier(
 
 def _build(settings: ClassifierSettings) -> Network:
     return build_network(settings.architecture, settings.image_size, settings.channels, len(settings.classes))
-
-
-def _outputs(settings: ClassifierSettings, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Class ids -> output numbers."""
-    positions = {label: k for k, label in enumerate(settings.classes)}
-    return np.fromiter((positions[int(label)] for label in labels), dtype=np.int64, count=len(labels))
 
 
 def _accuracy(network: Network, settings: ClassifierSettings, test: LabelledImages, device: torch.device) -> float:

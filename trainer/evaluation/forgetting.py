@@ -12,7 +12,10 @@ from trainer.data.shards import write_atomic
 Matrix = list[list[float | None]]
 
 TASK_METRICS = ("fd", "accuracy", "share")  # measured for single tasks
-MORE_TASK_METRICS = ("precision", "recall", "density", "coverage", "loss", "loss_bins", "bpd")  # where they were taken
+MORE_TASK_METRICS = (  # where they were taken
+    *("precision", "recall", "density", "coverage", "loss", "loss_bins", "bpd"),
+    "classifier_accuracy",
+)
 COST_KEYS = ("train_seconds", "teacher_evaluations", "replay_points_used", "starved_seconds", "images_per_second")
 FLOOR_METRICS = ("fd", "accuracy", "precision", "recall", "density", "coverage")
 _ROW_ONLY = ("tasks", "task", "next_task", "extent")  # keys of an evaluation that do not go into after_task as they are
@@ -101,6 +104,7 @@ def result(
         "lost_tasks": tasks whose FD could not be taken at the end any more, because an unconditional model generates
         (nearly) nothing of them; they have no value in "forgetting". With losses final has "forgetting_loss" (mean over
         tasks and bins) and "forgetting_loss_bins" (`loss_forgetting`), and there is "loss_before" (`losses_before`).
+        With a classifier that learns the tasks final has "forgetting_classifier_accuracy", like "forgetting_accuracy".
         floor: `floor_matrices`; over the classes seen it is in after_task and final, as their own "floor".
     """
     assert rows and len({row["evaluator"] for row in rows}) == 1, "rows of one evaluator"
@@ -127,6 +131,9 @@ def result(
             "forgetting_loss_bins": bins,
         }
         content["loss_before"] = losses_before(rows)
+    if "classifier_accuracy" in taken:
+        forgotten = task_forgetting(matrices["classifier_accuracy"], higher_is_better=True)
+        content["final"]["forgetting_classifier_accuracy"] = average(forgotten)
     if "floor" in rows[-1]:
         content["floor"] = floor_matrices(rows)
     return content | extra

@@ -39,8 +39,8 @@ class SampledModel(Protocol):
 class Sampling:
     """How images are sampled (`trainer.diffusion.samplers.sample_path`), with `steps` steps.
 
-    `draw` tells evaluations of one run apart: the number of the task just learnt, or 0 to see the
-    same start noise again.
+    `purpose` and `draw` tell start noises of one run apart: `draw` is the number of the task just learnt, or 0 to see
+    the same noise again.
     """
 
     seed: int
@@ -52,6 +52,7 @@ class Sampling:
     guidance: float = 1.0  # 1: none; needs a model with a null label
     clip: bool = True
     batch: int = 500  # images sampled at once
+    purpose: str = "evaluation"
 
 
 def asked_labels(classes: Sequence[int], indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -121,8 +122,8 @@ def _sample(
     """One batch, uint8 on the CPU."""
     keys = indices.astype(np.uint64)
     start, walk = (
-        torch.from_numpy(derive(sampling.seed, f"evaluation-{purpose}", keys, sampling.draw)).to(device)
-        for purpose in ("start", "walk")
+        torch.from_numpy(derive(sampling.seed, f"{sampling.purpose}-{what}", keys, sampling.draw)).to(device)
+        for what in ("start", "walk")
     )
     x = normal(start, sampling.shape)
     grid = timestep_grid(schedule.timesteps, sampling.steps).to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -129,6 +129,12 @@ def mapped(function: Callable[[Tensor], Tensor], images: NDArray[np.uint8], devi
     ]
     assert parts, "no images to classify"
     return np.concatenate(parts)
+
+
+def output_numbers(classes: Sequence[int], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Class ids (n,) -> the outputs that stand for them, their positions in `classes`."""
+    positions = {label: k for k, label in enumerate(classes)}
+    return np.fromiter((positions[int(label)] for label in labels), dtype=np.int64, count=len(labels))
 
 
 def training_input(

@@ -29,6 +29,7 @@ __all__ = [
     "Weights",
     "build_method",
     "build_penalty",
+    "current_share",
     "task_weights",
 ]
 
@@ -60,10 +61,14 @@ def build_penalty(config: Config) -> Penalty | None:
     return None if kind is None else kind(config.method.penalty_weight)
 
 
+def current_share(config: Config, task: int) -> float:
+    """What a task, counted from 1, weighs against all that was learnt before: `method.share`."""
+    if config.method.share is Share.classes:
+        return len(config.data.tasks[task - 1]) / len(config.classes_until(task))
+    return 1.0 / task
+
+
 def task_weights(config: Config, task: int, schedule: NoiseSchedule) -> Weights:
     """How much the examples of a task count, counted from 1; on the device of the schedule."""
-    share = 1.0 / task
-    if config.method.share is Share.classes:
-        share = len(config.data.tasks[task - 1]) / len(config.classes_until(task))
     gamma = config.method.min_snr
-    return Weights(share, min_snr_weights(schedule, gamma) if gamma else None)
+    return Weights(current_share(config, task), min_snr_weights(schedule, gamma) if gamma else None)
