@@ -22,7 +22,7 @@ from trainer.preflight import (
 from trainer.replay.state import write_json
 from trainer.replay.watch import given_up
 from trainer.run import RunDir
-from trainer.settings import as_plain, load_config
+from trainer.settings import as_plain, load_config, refused_changes
 
 TINY = ["model.channels=[8,8]", "model.norm_groups=4", "data.tasks=[[0,1],[2,3]]"]
 
@@ -57,6 +57,27 @@ def test_finished_only_with_every_task(tmp_path: Path) -> None:
         assert (finished_result(run, config) is not None) is finished
     run.metrics.write_text('{"tasks": 2, "fin')
     assert finished_result(run, config) is None
+
+
+def test_finished_only_with_the_classifier_asked_for(tmp_path: Path) -> None:
+    """One asked for later, or by other settings, is learnt by a run that was finished without it."""
+    run, plain, asked = (
+        RunDir(tmp_path),
+        load_config("digits", TINY),
+        load_config("digits", [*TINY, "classifier.epochs=2"]),
+    )
+    without, with_one = {"tasks": 2, "final": {}}, {"tasks": 2, "final": {"classifier": as_plain(asked)["classifier"]}}
+    for content, config, finished in (
+        (without, plain, True),
+        (without, asked, False),
+        (with_one, asked, True),
+        (with_one, plain, False),
+        (with_one, load_config("digits", [*TINY, "classifier.epochs=3"]), False),
+        ({"tasks": 2, "final": 3}, plain, False),
+    ):
+        run.metrics.write_text(json.dumps(content))
+        assert (finished_result(run, config) is not None) is finished
+    assert refused_changes(as_plain(plain), as_plain(asked)) == []
 
 
 def test_tasks_without_a_configuration_are_refused(tmp_path: Path) -> None:

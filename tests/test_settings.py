@@ -57,6 +57,11 @@ def test_an_empty_value_empties(tmp_path: Path) -> None:
         ["method.name=partial_generation", "replay.timesteps=stratified"],
         ["method.name=gaussian_distillation", "replay.steps=5"],
         ["method.buffer=reservoir", "method.buffer_per_class=9"],
+        ["classifier.epochs=0", "classifier.batch=9"],
+        ["classifier.epochs=0", "classifier.temperature=3"],
+        ["method.name=joint", "classifier.temperature=3", "classifier.epochs=1"],
+        ["method.name=experience_replay", "classifier.replay_images=9", "classifier.epochs=1"],
+        ["method.name=experience_replay", "method.share=classes"],
     ],
 )
 def test_settings_without_effect_are_refused(overrides: list[str]) -> None:
@@ -64,6 +69,11 @@ def test_settings_without_effect_are_refused(overrides: list[str]) -> None:
         ConfigError, match=f"{overrides[1].split('=')[0]} has no effect with {overrides[0].split('=')[0]}"
     ):
         load_config("digits", overrides)
+
+
+def test_a_classifier_weighs_the_buffer_by_the_share() -> None:
+    overrides = ["method.name=experience_replay", "method.share=classes", "classifier.epochs=1", "classifier.lr=1e-3"]
+    assert load_config("digits", overrides).classifier.lr == 1e-3
 
 
 def test_config_is_also_looked_for_in_configs() -> None:
@@ -100,6 +110,11 @@ def test_config_is_also_looked_for_in_configs() -> None:
             "replay.placement=subprocess: lwf asks the teacher about the trainer's own batch",
         ),
         ("model.label_dropout=1", "model.label_dropout=1.0"),
+        ("classifier.epochs=-1", "classifier.epochs=-1: must not be negative"),
+        ("classifier.replay_images=-1", "classifier.replay_images=-1: must not be negative"),
+        ("classifier.temperature=0", "classifier.temperature=0.0: must be above 0"),
+        ("classifier.batch=0", "classifier.batch=0: must be above 0"),
+        ("classifier.lr=0", "classifier.lr=0.0: must be above 0"),
         ("model.max_classes=5", "model.max_classes=5"),
         ("train.images_per_task=3", "train.images_per_task=3"),
     ],

@@ -98,8 +98,10 @@ def finished_result(run: RunDir, config: Config) -> dict[str, Any] | None:
         content = json.loads(run.metrics.read_bytes())
     except (OSError, ValueError):
         return None
-    complete = isinstance(content, dict) and content.get("tasks") == len(config.data.tasks) and "final" in content
-    return content if complete and content["final"].get("classifier") == asked_for(config) else None
+    if not isinstance(content, dict) or not isinstance(final := content.get("final"), dict):
+        return None
+    complete = content.get("tasks") == len(config.data.tasks) and final.get("classifier") == asked_for(config)
+    return content if complete else None
 
 
 def check_run(config: Config, run: RunDir) -> None:

@@ -99,10 +99,9 @@ class Scholar:
             self.world.on_main(lambda number=number, sampled=sampled: self._learn(number, sampled))
 
     def rows(self, task: int) -> list[dict[str, Any]]:
-        """The accuracies after a task that was learnt, as a part of its row, on the main rank; [] for no classifier."""
-        return (
-            [self._known[task]["row"] | {"classifier": asked_for(self.config)}] if self.config.classifier.epochs else []
-        )
+        """The accuracies after a task that was learnt, as part of its row, on the main rank; [] without one."""
+        asked = asked_for(self.config)
+        return [] if asked is None else [self._known[task]["row"] | {"classifier": asked}]
 
     # --- parts ---------------------------------------------------------------------------------------------------
 

@@ -69,6 +69,19 @@ def test_finished_run_prints_its_result_again(workplace: Workplace, whole: str) 
     assert workplace.metrics("whole") == before
 
 
+def test_a_finished_run_learns_a_classifier_that_is_asked_for_later(workplace: Workplace, whole: str) -> None:
+    run = workplace.path / "runs" / "later"
+    shutil.copytree(workplace.path / "runs" / "whole", run)
+    before = [(run / f"tasks/{task}/evaluation.json").stat().st_mtime_ns for task in (1, 2)]
+    code, output = workplace.run("run.name=later", TASKS, "classifier.epochs=1")
+    assert code == 0, output
+    result, known = workplace.metrics("later"), workplace.metrics("whole")
+    assert result["matrix"] == known["matrix"] | {"classifier_accuracy": result["matrix"]["classifier_accuracy"]}
+    assert 0 < result["final"]["classifier_accuracy"] <= 1 and result["final"]["fd"] == known["final"]["fd"]
+    assert [(run / f"tasks/{task}/evaluation.json").stat().st_mtime_ns for task in (1, 2)] == before
+    assert workplace.teacher_id("later", 2) == workplace.teacher_id("whole", 2)
+
+
 def test_pipeline_loads_in_diffusers(workplace: Workplace, whole: str) -> None:
     from diffusers import DiffusionPipeline
 

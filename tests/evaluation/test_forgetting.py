@@ -43,6 +43,20 @@ def test_forgetting_is_final_against_best_before_with_one_sign_for_both_kinds() 
     assert task_forgetting(accuracy, higher_is_better=True) == pytest.approx([0.45, -0.1])
 
 
+def test_a_classifier_forgets_like_any_accuracy() -> None:
+    values = [[0.9], [0.95, 0.8], [0.5, 0.9, 1.0]]
+    rows = [
+        merged(one, {"classifier_accuracy": 0.7, "tasks": [{"classifier_accuracy": value} for value in own]})
+        for one, own in zip(ROWS, values, strict=True)
+    ]
+    content = result("finetune", rows, COST)
+    assert content["matrix"]["classifier_accuracy"] == [[0.9, None, None], [0.95, 0.8, None], [0.5, 0.9, 1.0]]
+    assert content["final"]["forgetting_classifier_accuracy"] == pytest.approx((0.45 - 0.1) / 2)
+    assert content["after_task"][1]["classifier_accuracy"] == content["final"]["classifier_accuracy"] == 0.7
+    alone = result("finetune", rows[:1], COST)
+    assert alone["final"]["forgetting_classifier_accuracy"] is None and "matrix" in alone
+
+
 def test_missing_values_and_a_single_task() -> None:
     assert task_forgetting([[1.0, None, None], [2.0, None, None], [None, 7.0, 1.0]], higher_is_better=False) == [
         None,

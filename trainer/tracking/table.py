@@ -86,7 +86,7 @@ def _sample_rows(final: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _real_rows(final: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """What the model makes of test images: there is no second set to compare it with."""
+    """What the model, and the classifier that learns beside it, make of test images: no second set compares."""
     rows: list[tuple[str, ...]] = []
     if "loss" in final:
         grown = f"grown by {number_text(final['forgetting_loss'], 4)} since learnt"
@@ -94,6 +94,17 @@ def _real_rows(final: Mapping[str, Any]) -> list[tuple[str, ...]]:
     if "bpd" in final:
         error = f"bound; +- {number_text(final['bpd_standard_error'], 3)} over images"
         rows.append(("bits/dim", number_text(final["bpd"], 3), "", f"{final['bpd_images']:,} images", error))
+    if "classifier_accuracy" in final:
+        lost = f"continual classifier; {percent_text(final['forgetting_classifier_accuracy'])} forgotten"
+        rows.append(
+            (
+                "classifier",
+                percent_text(final["classifier_accuracy"]),
+                "",
+                f"{final['classifier_images']:,} images",
+                lost,
+            )
+        )
     return rows
 
 
