@@ -20,6 +20,8 @@ from trainer.world import World
 def reevaluate(root: Path, task: int, overrides: list[str], device: torch.device) -> dict[str, Any]:
     """Measures of the model after a task (0: the newest finished one), as `trainer.evaluation.evaluate` gives them.
 
+    The classifier that a run teaches (`classifier.epochs`) is no part of the model: its accuracy is in metrics.json.
+
     Args:
         root: the run directory.
         overrides: a dotlist of `evaluation.*` and `run.seed` (other start noise), over the run's own settings.

@@ -78,7 +78,7 @@ def test_two_ranks_measure_what_one_does(judged: dict[str, Any], pools: Pools, p
             assert two[key] == value, key
 
 
-TAUGHT = ["method.name=generative_distillation", "evaluation.loss_images=0", "classifier.epochs=2"]
+TAUGHT = ["method.name=generative_distillation", "evaluation.loss_images=0", "classifier.epochs=2", "classifier.batch=16"]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def taught(place: Path) -> dict[str, Any]:
 def test_the_result_has_the_classifier_that_learns_the_tasks(taught: dict[str, Any]) -> None:
     final, matrix = taught["final"], taught["matrix"]["classifier_accuracy"]
     digits = load_digits().target
-    assert matrix[0][1] is None and matrix[0][0] > 0.5
+    assert matrix[0][1] is None and matrix[0][0] > 0.8
     assert final["forgetting_classifier_accuracy"] == pytest.approx(matrix[0][0] - matrix[1][0])
     assert final["classifier_accuracy"] == taught["after_task"][1]["classifier_accuracy"]
     counts = [after["classifier_images"] for after in taught["after_task"]]
