@@ -36,7 +36,7 @@ from trainer.world import World
 
 
 class Judge:
-    """Evaluates the model of each task. What the model computes is shared by all ranks, the main rank measures."""
+    """Evaluates the model of each task. All ranks share what model and extractor compute, the main rank measures."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Judge:
         self._probe = Probe(config, run, world, interrupting)
         self._scholar = Scholar(config, run, world, self._probe, tracker, interrupting)
         self.tasks = config.data.tasks
-        self._evaluator = world.on_main(self._open)
+        self._evaluator = world.main_first(self._open)
 
     def after(self, task: int) -> None:
         """Sample from the model learnt up to `task` and measure it, unless that has been done by this evaluator.
@@ -68,13 +68,13 @@ class Judge:
         if not self.world.any(self.world.is_main and self._stale(task)):
             return
         self.tracker.activity(f"evaluating after task {task}")
-        answers = self._probe.ask(task)
+        answers = self._probe.ask(task, self._evaluator)
         self.world.on_main(lambda: self._measure(task, answers))
 
     def measure(self, task: int) -> dict[str, Any]:
         """Measures of the model learnt up to `task`, kept nowhere; on the main rank of a world of one."""
-        assert self._evaluator is not None and self.world.size == 1, "one process alone"
-        return self._examine(task, self._probe.ask(task))[0]
+        assert self.world.size == 1, "one process alone"
+        return self._examine(task, self._probe.ask(task, self._evaluator))[0]
 
     def finish(self, account: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Judge again what another evaluator judged, then write metrics.json and the pictures over all tasks.
@@ -123,7 +123,6 @@ class Judge:
             )
 
     def _measure(self, task: int, answers: Answers) -> None:
-        assert self._evaluator is not None, "on the main rank"
         with self._interrupting():
             row, samples = self._examine(task, answers)
         self._picture(task, samples)
@@ -132,9 +131,7 @@ class Judge:
 
     def _examine(self, task: int, answers: Answers) -> tuple[dict[str, Any], Samples]:
         """The row of a task, and its samples as the judges see them."""
-        evaluator = self._evaluator
-        assert evaluator is not None, "on the main rank"
-        samples = evaluator.look(answers.images, answers.asked)
+        evaluator, samples = self._evaluator, answers.samples
         row = merged(evaluate(evaluator, samples, task), *answers.rows)
         row["floor"] = real_floor(evaluator, task, len(samples))
         row["nearest"] = self._nearest(evaluator, task, samples)
@@ -172,7 +169,6 @@ class Judge:
         return row if isinstance(row, dict) else None
 
     def _stale(self, task: int) -> bool:
-        assert self._evaluator is not None
         row = self._row(task)
         if row is None or not self.run.picked_samples(task).exists():
             return True

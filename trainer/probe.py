@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from trainer.config import Config, Verify
 from trainer.data.dataset import TaskData
 from trainer.diffusion.likelihood import Posterior, timestep_strata
 from trainer.diffusion.schedules import NoiseSchedule
+from trainer.evaluation.evaluate import Evaluator, Samples
 from trainer.evaluation.generate import Sampling, balanced_count, generate, share_indices
 from trainer.evaluation.real_images import (
     Measured,
@@ -35,10 +37,9 @@ from trainer.world import World
 
 @dataclass(frozen=True)
 class Answers:
-    """Samples (n, C, H, W), the classes asked for (n,) or None, and the rows of what was made of real images."""
+    """Samples as the judges see them, and the rows of what was made of real images."""
 
-    images: NDArray[np.uint8]
-    asked: NDArray[np.int64] | None
+    samples: Samples
     rows: list[dict[str, Any]]
 
 
@@ -51,7 +52,7 @@ class Probe:
     world: World
     interrupting: Callable[[], AbstractContextManager[None]]
 
-    def ask(self, task: int) -> Answers:
+    def ask(self, task: int, evaluator: Evaluator) -> Answers:
         """All that the evaluation of the model learnt up to `task` needs of it, the same on every rank."""
         model, schedule, card = load_teacher(self.run.teacher(task), self.world.device)
         images, asked = self._samples(model, schedule, task, self.config.evaluation.samples, "evaluation")
@@ -63,7 +64,9 @@ class Probe:
             batch=self.config.evaluation.batch,
             device=self.world.device,
         )
-        return Answers(images, asked, [*self._losses(measured, task), *self._bound(measured, task)])
+        return Answers(
+            self._seen(evaluator, images, asked), [*self._losses(measured, task), *self._bound(measured, task)]
+        )
 
     def replayed(self, task: int, count: int) -> NDArray[np.uint8]:
         """Images (n, C, H, W), n >= `count`, of the model learnt up to `task`, as many of each of its classes; the same
@@ -93,6 +96,16 @@ class Probe:
 
         images, *asked = self._shared(balanced_count(count, len(classes)), work)
         return images, asked[0] if asked else None
+
+    def _seen(self, evaluator: Evaluator, images: NDArray[np.uint8], asked: NDArray[np.int64] | None) -> Samples:
+        """Samples as the judges see them: a large extractor takes as long over them as the model took to make them."""
+
+        def work(indices: NDArray[np.int64]) -> list[Tensor]:
+            mine = evaluator.look(images[indices % len(images)], None)
+            return [torch.from_numpy(mine.predicted), torch.from_numpy(mine.features)]
+
+        predicted, features = self._shared(len(images), work)
+        return Samples(images, asked, predicted, features)
 
     def _losses(self, measured: Measured, task: int) -> list[dict[str, Any]]:
         """Of the tasks learnt, and of the next one before it is."""

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -87,21 +87,36 @@ class World:
         Raises:
             UserError, Stopped: on every rank when the main one raised it, so that all end and none waits for ever.
         """
+        return self._agreed(work) if self.is_main else self._agreed(lambda: None)
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Do something on the main rank, then on all the others, which find there what the main one has kept.
+
+        Raises:
+            UserError, Stopped: on every rank when one raised it.
+        """
+        value = self.on_main(work)
+        if self.size == 1:
+            return cast("T", value)
+        return self._agreed(lambda: cast("T", value) if self.is_main else work())
+
+    def _agreed(self, work: Callable[[], T]) -> T:
+        """What this rank's work gives, once that of every rank has succeeded."""
         value: T | None = None
         failure: UserError | Stopped | None = None
-        if self.is_main:
-            try:
-                value = work()
-            except (UserError, Stopped) as error:
-                failure = error
-            except OSError as error:
-                failure = disk_error(error)
-        failed, stopped = self.exchange([failure is not None, isinstance(failure, Stopped)])[0]
-        if stopped:
-            raise failure or Stopped("the main rank was stopped")
+        try:
+            value = work()
+        except (UserError, Stopped) as error:
+            failure = error
+        except OSError as error:
+            failure = disk_error(error)
+        rows = self.exchange([failure is not None, isinstance(failure, Stopped)])
+        failed = [rank for rank, row in enumerate(rows) if row[0]]
+        if any(row[1] for row in rows):
+            raise failure if isinstance(failure, Stopped) else Stopped(f"{_named(failed[0])} was stopped")
         if failed:
-            raise failure or ToldElsewhere("the main rank failed")
-        return value
+            raise failure or ToldElsewhere(f"{_named(failed[0])} failed")
+        return cast("T", value)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Equal-shaped tensors (N, ...) of all ranks as (size * N, ...), in rank order."""
@@ -202,6 +217,10 @@ def interface_towards(host: str) -> str | None:
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     return None
+
+
+def _named(rank: int) -> str:
+    return "the main rank" if rank == 0 else f"rank {rank}"
 
 
 def _local_size(environ: Mapping[str, str]) -> int:

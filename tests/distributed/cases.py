@@ -272,6 +272,22 @@ def main_only(world: World, failing: bool) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def everywhere(world: World, path: str, failing: int) -> str:
+    """What each rank gets of work that the main rank does first; the failing one cannot do it."""
+
+    def work() -> str:
+        if world.rank == failing:
+            raise UserError("no weights here")
+        found = Path(path).exists()
+        Path(path).touch()
+        return f"{found}"
+
+    try:
+        return world.main_first(work)
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def group_timeouts(world: World) -> list[float]:
     """Seconds after which collectives of the default group and of one made without asking for a timeout give up."""
     groups: list[Any] = [torch.distributed.group.WORLD, torch.distributed.new_group()]

@@ -78,7 +78,12 @@ def test_two_ranks_measure_what_one_does(judged: dict[str, Any], pools: Pools, p
             assert two[key] == value, key
 
 
-TAUGHT = ["method.name=generative_distillation", "evaluation.loss_images=0", "classifier.epochs=2", "classifier.batch=16"]
+TAUGHT = [
+    "method.name=generative_distillation",
+    "evaluation.loss_images=0",
+    "classifier.epochs=2",
+    "classifier.batch=16",
+]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,16 @@ def test_what_fails_on_the_main_rank_ends_all(pools: Pools) -> None:
 
 def test_collectives_have_our_timeout(pools: Pools) -> None:
     assert pools[2].run("group_timeouts") == [[COLLECTIVE_TIMEOUT.total_seconds()] * 2] * 2
+
+
+def test_work_of_all_ranks_is_done_by_the_main_one_first(pools: Pools, tmp_path: Path) -> None:
+    path = str(tmp_path / "cached")
+    assert pools[2].run("everywhere", path=path, failing=-1) == ["False", "True"]
+    assert pools[1].run("everywhere", path=path, failing=-1) == ["True"]
+    for failing, other in ((0, "the main rank failed"), (1, "rank 1 failed")):
+        answers = pools[2].run("everywhere", path=path, failing=failing)
+        assert answers[failing] == "UserError: no weights here"
+        assert answers[1 - failing] == f"ToldElsewhere: {other}"
 
 
 def test_a_failed_case_reports_and_does_not_poison_the_next(pools: Pools) -> None:

@@ -43,7 +43,7 @@ class Evaluator:
     """The judge of a run: a classifier, a feature extractor, and the real images' features.
 
     `tasks[k - 1]` are the class ids of task k; `open_split` gives the images of "train" and "test" over all tasks of
-    the data set at `root`. Only one process needs it.
+    the data set at `root`.
     """
 
     extractor: FeatureExtractor
@@ -96,8 +96,8 @@ def open_evaluator(
 ) -> Evaluator:
     """The evaluator of a built data set; trains the classifier and computes the real features where not yet cached.
 
-    To be called by one process while the others wait. The classifier's seed is fixed, so that all runs on a data set
-    are measured by the same one.
+    To be called by one process first, while the others wait. The classifier's seed is fixed, so that all runs on a data
+    set are measured by the same one.
 
     Args:
         root: the data set's directory.
