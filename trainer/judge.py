@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config import Config, MethodName, Verify
-from trainer.data.buffer import open_buffers
+from trainer.data.buffer import open_rehearsed
 from trainer.data.dataset import TaskData
 from trainer.evaluation.evaluate import Evaluator, Samples, evaluate, open_evaluator
 from trainer.evaluation.floor import real_floor
@@ -142,7 +142,8 @@ class Judge:
         found: dict[str, Any] = {}
         if self.config.method.name is MethodName.experience_replay and task > 1:
             buffers = [self.run.buffer(earlier) for earlier in range(1, task)]
-            found["buffer"] = memorisation(evaluator, samples, task, open_buffers(buffers, Verify.size))
+            kept = open_rehearsed(buffers, self.config.method, self.config.run.seed, Verify.size)
+            found["buffer"] = memorisation(evaluator, samples, task, kept)
         if self.config.evaluation.nearest_training:
             found["training"] = memorisation(evaluator, samples, task)
         return found
