@@ -1,4 +1,4 @@
-"""Judging a run: samples and measures after each task, pictures, the result."""
+"""Judging a run: samples and measures after each task, their pictures, the result."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from trainer.run import RunDir
 from trainer.scholar import Scholar
 from trainer.tracking.grid import (
     ClassSamples,
-    history_grid,
-    load_samples,
     pick_samples,
     sample_grid,
     save_png,
@@ -77,7 +75,7 @@ class Judge:
         return self._examine(task, self._probe.ask(task, self._evaluator))[0]
 
     def finish(self, account: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Judge again what another evaluator judged, then write metrics.json and the pictures over all tasks.
+        """Judge again what another evaluator judged, then write metrics.json.
 
         Args:
             account: what the run itself has to tell (`cost`, `replay`), asked for at the end on the main rank.
@@ -90,18 +88,11 @@ class Judge:
         return self.world.on_main(lambda: self._conclude(account())) or {}
 
     def _conclude(self, account: dict[str, Any]) -> dict[str, Any]:
-        from trainer.tracking.plots import save_summary  # matplotlib: half a second that no first step waits for
-
         rows = [self._row(task) for task in range(1, len(self.tasks) + 1)]
         rows = [merged(row, *self._scholar.rows(task)) for task, row in enumerate(rows, 1) if row is not None]
         method, seed = self.config.method.name.value, self.config.run.seed
         content = result(method, rows, account.pop("cost"), seed=seed) | account
-        save_summary(self.run.summary, content)
-        steps = [load_samples(self.run.picked_samples(task)) for task in range(1, len(self.tasks) + 1)]
-        title = f"{self.config.run.name}: samples after each task"
-        save_png(self.run.history, history_grid(steps, self.tasks, self.class_names, title, self._real_samples()))
-        self.tracker.image("summary", self.run.summary)
-        self.tracker.image("history", self.run.history)
+        save_samples(self.run.real_samples, self._real_samples())
         write_json(self.run.metrics, content)
         return content
 
@@ -191,7 +182,7 @@ class Judge:
         self.tracker.image("sample_grid", self.run.samples(task))
 
     def _real_samples(self) -> ClassSamples:
-        """Real training images, for comparison in the picture over all tasks."""
+        """Real training images, for comparison in the picture over all tasks, which the report draws."""
         data = TaskData.open(Path(self.config.data.root), "train", list(range(1, len(self.tasks) + 1)), Verify.size)
         classes = self.config.classes_until(len(self.tasks))
         per_class = self.config.evaluation.grid_per_class
@@ -205,8 +196,3 @@ class Judge:
         self.tracker.log({**numbers, "task": task, "seen": seen}, event="evaluation")
         accuracy = "" if row["accuracy"] is None else f"  accuracy {100 * row['accuracy']:.1f} %"
         self.tracker.note(f"after task {task}: FD {number_text(row['fd'])}  KLD {row['kld']:.3f}{accuracy}")
-
-
-def picture_paths(run: RunDir, tasks: int) -> dict[str, Path]:
-    """The pictures of a finished run, by what they show."""
-    return {"samples": run.samples(tasks), "history": run.history, "summary": run.summary, "result": run.metrics}

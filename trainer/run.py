@@ -59,9 +59,18 @@ class RunDir:
         return self.report / "history.png"
 
     @property
-    def summary(self) -> Path:
-        """Heat maps and curves of the measures."""
-        return self.report / "summary.png"
+    def report_page(self) -> Path:
+        """The report on the whole run; it stands alone."""
+        return self.report / "index.html"
+
+    def figure(self, name: str) -> Path:
+        """A figure of the report."""
+        return self.report / f"{name}.png"
+
+    @property
+    def real_samples(self) -> Path:
+        """Real images of each class, the first row of `history`."""
+        return self.root / "tasks" / "real.npz"
 
     def log(self, attempt: int) -> Path:
         return self.root / "logs" / f"attempt-{attempt}"

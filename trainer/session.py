@@ -18,7 +18,7 @@ from trainer.compile_cache import use_compile_cache
 from trainer.config import AUTO, Config, Placement
 from trainer.data.shards import read_card
 from trainer.errors import ConfigError, ToldElsewhere, UserError, disk_error
-from trainer.judge import Judge, picture_paths
+from trainer.judge import Judge
 from trainer.lifeline import tie_to_launcher
 from trainer.loop import Trainer
 from trainer.micro_batch import settle
@@ -26,6 +26,7 @@ from trainer.preflight import check_run, finished_result, lock_run, preflight, r
 from trainer.replay.devices import choose_devices, node_gpus, visible_gpus
 from trainer.replay.state import read_state, write_state
 from trainer.replay.supervisor import Supervisor, supervise_until_finished
+from trainer.report.source import is_current
 from trainer.run import RunDir
 from trainer.settings import check_world
 from trainer.stop import Stopped, StopRequest
@@ -83,6 +84,8 @@ def prepare(config: Config, run: RunDir) -> bool:
             return False
         check_run(config, run)
         write_state(run, len(config.data.tasks), finished=True)
+        if not is_current(run):  # killed before it was drawn, or of a version without
+            show_report(run, Tracker())
     except OSError as error:
         raise disk_error(error) from None
     print_result(done, picture_paths(run, len(config.data.tasks)))
@@ -109,6 +112,7 @@ def work(config: Config, run: RunDir, world: World, began: float) -> int:
             stack.callback(trainer.close)
             content = trainer.fit()
             world.on_main(lambda: write_state(run, len(config.data.tasks), finished=True))
+            world.on_main(lambda: show_report(run, tracker))
         if world.is_main:
             print_result(content, picture_paths(run, len(config.data.tasks)))
         return 0
@@ -124,6 +128,25 @@ def work(config: Config, run: RunDir, world: World, began: float) -> int:
         rank = "" if world.is_main else f" (rank {world.rank})"
         print(f"error{rank}: {' '.join(str(told).split())}", file=sys.stderr, flush=True)
         return USER_ERROR
+
+
+def show_report(run: RunDir, tracker: Tracker) -> None:
+    """Draw the report of a run that is finished: metrics.json is there, and no failure here takes it back."""
+    from trainer.report.page import write_report  # matplotlib: half a second that no first step waits for
+
+    tracker.activity("drawing the report")
+    for name, path in write_report(run).figures.items():
+        tracker.image(f"report/{name}", path)
+
+
+def picture_paths(run: RunDir, tasks: int) -> dict[str, Path]:
+    """What a person looks at in a finished run, by what it shows."""
+    return {
+        "samples": run.samples(tasks),
+        "history": run.history,
+        "report": run.report_page,
+        "result": run.metrics,
+    }
 
 
 def end_work(run: RunDir) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.report.checks import read_page, sections
+
 from .conftest import COLD, TASKS, Workplace, finish, wait_until_published
 
 Launcher = Callable[[int], tuple[str, ...]]
@@ -53,11 +55,14 @@ def test_result_is_complete(workplace: Workplace, whole: str) -> None:
 
 def test_pictures_and_files(workplace: Workplace, whole: str) -> None:
     run = workplace.path / "runs" / "whole"
-    for path in ("tasks/1/samples.png", "tasks/2/samples.png", "report/history.png", "report/summary.png"):
+    for path in ("tasks/1/samples.png", "tasks/2/samples.png", "report/history.png", "report/matrix-fd.png"):
         assert (run / path).read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {"train", "evaluation", "task"} <= {line["event"] for line in lines}
-    assert str(Path("runs/whole/tasks/2/samples.png")) in whole
+    assert str(Path("runs/whole/tasks/2/samples.png")) in whole and "runs/whole/report/index.html" in whole
+    found = sections(read_page(run / "report/index.html"))
+    assert {"end", "samples", "matrices", "forgetting", "timesteps", "training", "cost"} <= found.keys()
+    assert "2 tasks" in (run / "report/index.html").read_text()
     assert "FD" in whole
 
 
@@ -80,6 +85,27 @@ def test_a_finished_run_learns_a_classifier_that_is_asked_for_later(workplace: W
     assert 0 < result["final"]["classifier_accuracy"] <= 1 and result["final"]["fd"] == known["final"]["fd"]
     assert [(run / f"tasks/{task}/evaluation.json").stat().st_mtime_ns for task in (1, 2)] == before
     assert workplace.teacher_id("later", 2) == workplace.teacher_id("whole", 2)
+
+
+def test_a_report_that_was_not_drawn_any_more_is_drawn_by_the_same_command(workplace: Workplace, whole: str) -> None:
+    """As after a kill between the result and the page."""
+    run = workplace.path / "runs" / "undrawn"
+    shutil.copytree(workplace.path / "runs" / "whole", run)
+    shutil.rmtree(run / "report")
+    code, output = workplace.run("run.name=undrawn", TASKS)
+    assert code == 0, output
+    pictures = {path.name for path in (workplace.path / "runs/whole/report").iterdir()}
+    assert {path.name for path in (run / "report").iterdir()} == pictures
+    assert (run / "report/history.png").read_bytes() == (workplace.path / "runs/whole/report/history.png").read_bytes()
+    page = run / "report/index.html"
+    read_page(page)
+    drawn = page.stat().st_mtime_ns
+    assert workplace.run("run.name=undrawn", TASKS)[0] == 0 and page.stat().st_mtime_ns == drawn
+    code, output = workplace.tool("evaluate.py", "--run", "runs/undrawn", "--report")
+    assert code == 0 and output.splitlines()[-1] == "runs/undrawn/report/index.html"
+    assert page.stat().st_mtime_ns > drawn
+    code, output = workplace.tool("evaluate.py", "--run", "runs/undrawn", "--report", "--task", "1")
+    assert code == 2 and "--report" in output
 
 
 def test_pipeline_loads_in_diffusers(workplace: Workplace, whole: str) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from trainer.tracking.grid import (
@@ -20,7 +17,6 @@ from trainer.tracking.grid import (
     save_png,
     save_samples,
 )
-from trainer.tracking.plots import save_summary
 
 TASKS = [[0, 1], [2, 3]]
 NAMES = ["zero", "one", "two", "a class with a very long name indeed"]
@@ -105,12 +101,3 @@ def test_png_is_written(tmp_path: Path) -> None:
     save_png(tmp_path / "tasks" / "samples.png", grid)
     with Image.open(tmp_path / "tasks" / "samples.png") as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(grid))
-
-
-@pytest.mark.parametrize(("tasks", "conditional"), [(1, True), (5, True), (5, False), (20, True)])
-def test_summary_is_drawn(
-    tmp_path: Path, make_result: Callable[..., dict[str, Any]], tasks: int, conditional: bool
-) -> None:
-    save_summary(tmp_path / "summary.png", make_result(tasks, conditional))
-    with Image.open(tmp_path / "summary.png") as image:
-        assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 24) or []) > 50

@@ -1,0 +1,1 @@
+"""Reports: what a run, or a comparison of many, has measured, as one page with figures."""
