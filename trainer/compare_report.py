@@ -1,11 +1,10 @@
-"""What a comparison found: a table for people, compare.json for programs, compare.md and compare.png for documents."""
+"""What a comparison found: a table and a page for people, compare.json for programs, compare.md for documents."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -13,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
 from trainer.compare import Comparison, Run
 from trainer.data.shards import write_atomic
+from trainer.report.comparison import Findings, write_comparison
+from trainer.report.comparison_figures import Group, Member
+from trainer.report.spread import Statistics, spread_name, spread_text, statistics_of
+from trainer.settings import load_config
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "numpy")
 
@@ -31,18 +32,6 @@ class Column:
     key: str
     title: str
     read: Callable[[dict[str, Any]], float | None]
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Over seeds; `sd` is the sample standard deviation, None with one seed."""
-
-    count: int
-    median: float
-    low: float
-    high: float
-    mean: float
-    sd: float | None
 
 
 def _final(key: str) -> Callable[[dict[str, Any]], float | None]:
@@ -76,18 +65,6 @@ COLUMNS = (
 )
 
 
-def statistics_of(values: Sequence[float]) -> Statistics:
-    """Of at least one value."""
-    return Statistics(
-        count=len(values),
-        median=statistics.median(values),
-        low=min(values),
-        high=max(values),
-        mean=statistics.fmean(values),
-        sd=statistics.stdev(values) if len(values) > 1 else None,
-    )
-
-
 def summarise(comparison: Comparison, runs: Sequence[Run]) -> dict[str, dict[str, Statistics]]:
     """By row and column; rows without a finished run are empty."""
     summary: dict[str, dict[str, Statistics]] = {}
@@ -108,22 +85,8 @@ def cells(comparison: Comparison, runs: Sequence[Run]) -> list[list[str]]:
         finished = sum(run.result is not None for run in mine)
         seeds = str(finished) if finished == len(mine) else f"{finished} of {len(mine)}"
         values = [summary[row.name].get(column.key) for column in COLUMNS]
-        lines.append([row.name, seeds, *(_cell(value, comparison.mean) for value in values)])
+        lines.append([row.name, seeds, *(spread_text(value, comparison.mean) for value in values)])
     return lines
-
-
-def _cell(value: Statistics | None, mean: bool) -> str:
-    if value is None:
-        return "-"
-    if mean:
-        return _digits(value.mean) + (f" ± {_digits(value.sd)}" if value.sd is not None else "")
-    spread = f" ({_digits(value.low)}..{_digits(value.high)})" if value.count > 1 else ""
-    return _digits(value.median) + spread
-
-
-def _digits(value: float) -> str:
-    size = abs(value)
-    return f"{value:.0f}" if size >= 100 or value == 0 else f"{value:.1f}" if size >= 10 else f"{value:.3f}"
 
 
 def remarks(runs: Sequence[Run]) -> list[str]:
@@ -138,7 +101,7 @@ def remarks(runs: Sequence[Run]) -> list[str]:
 def rich_table(comparison: Comparison, runs: Sequence[Run]) -> Table:
     """Medians (or means) with their spread below them, a row per method or variant."""
     header, *lines = cells(comparison, runs)
-    spread = "mean ± sd" if comparison.mean else "median (min..max)"
+    spread = spread_name(comparison.mean)
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -153,16 +116,42 @@ def rich_table(comparison: Comparison, runs: Sequence[Run]) -> Table:
 
 
 def write_report(comparison: Comparison, runs: Sequence[Run]) -> list[Path]:
-    """Write compare.json, compare.md and, where a run is finished, compare.png; returns their paths."""
+    """Write compare.json, compare.md, the page over all runs and, where a run is finished, compare.png; returns their
+    paths."""
     out = comparison.out
     paths = [out / "compare.json", out / "compare.md"]
     machine = describe_machine()
     write_atomic(paths[0], (json.dumps(_as_json(comparison, runs, machine), indent=1) + "\n").encode())
     write_atomic(paths[1], _markdown(comparison, runs, machine).encode())
-    if any(run.result is not None for run in runs):
-        paths.append(out / "compare.png")
-        plot(comparison, runs, paths[-1])
-    return paths
+    return paths + write_comparison(_findings(comparison, runs, machine), out)
+
+
+def _findings(comparison: Comparison, runs: Sequence[Run], machine: dict[str, Any]) -> Findings:
+    """What the page tells."""
+    groups = [
+        Group(
+            row.name,
+            tuple(Member(run.seed, run.directory.root, run.result, run.error) for run in runs if run.row == row.name),
+        )
+        for row in comparison.rows
+    ]
+    config = load_config(comparison.config, list(comparison.overrides))
+    return Findings(
+        title=f"Comparison: {comparison.config}",
+        cells=cells(comparison, runs),
+        remarks=remarks(runs),
+        facts=[comparison.command, f"seeds {', '.join(map(str, comparison.seeds))}; {_hardware(machine)}"],
+        groups=groups,
+        timesteps=config.diffusion.timesteps,
+        task_classes=config.data.tasks,
+        mean=comparison.mean,
+    )
+
+
+def _hardware(machine: dict[str, Any]) -> str:
+    gpus = ", ".join(machine["gpus"]) or "no GPU"
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return f"{machine['cores']} cores, {gpus}; {versions}"
 
 
 def describe_machine() -> dict[str, Any]:
@@ -198,11 +187,9 @@ def _as_json(comparison: Comparison, runs: Sequence[Run], machine: dict[str, Any
 def _markdown(comparison: Comparison, runs: Sequence[Run], machine: dict[str, Any]) -> str:
     header, *lines = cells(comparison, runs)
     spread = "Mean ± standard deviation" if comparison.mean else "Median (min..max)"
-    gpus = ", ".join(machine["gpus"]) or "no GPU"
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     text = [f"    {comparison.command}", ""]
     text += [
-        f"{spread} over seeds {', '.join(map(str, comparison.seeds))}; {machine['cores']} cores, {gpus}; {versions}.",
+        f"{spread} over seeds {', '.join(map(str, comparison.seeds))}; {_hardware(machine)}.",
         "",
     ]
     text += [_markdown_line(header), _markdown_line(["---"] + ["---:"] * (len(header) - 1))]
@@ -213,50 +200,3 @@ def _markdown(comparison: Comparison, runs: Sequence[Run], machine: dict[str, An
 
 def _markdown_line(parts: Sequence[str]) -> str:
     return f"| {' | '.join(parts)} |"
-
-
-# --- the plot ---------------------------------------------------------------------------------------------------
-
-
-def plot(comparison: Comparison, runs: Sequence[Run], path: Path) -> None:
-    """Final FD and KLD (a point per seed, a bar at the median), and FD after each task (median, thin lines by seed)."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    _plot_final(left, comparison, runs, COLUMNS[0])
-    _plot_final(middle, comparison, runs, COLUMNS[1])
-    _plot_curves(right, comparison, runs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def _plot_final(axes: Axes, comparison: Comparison, runs: Sequence[Run], column: Column) -> None:
-    for place, row in enumerate(comparison.rows):
-        results = [run.result for run in runs if run.row == row.name and run.result is not None]
-        values = [value for value in map(column.read, results) if value is not None]
-        if values:
-            axes.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.7)
-            axes.plot([place - 0.25, place + 0.25], [statistics.median(values)] * 2, color=f"C{place}", linewidth=2)
-    axes.set_xticks(range(len(comparison.rows)), [row.name for row in comparison.rows], rotation=20, ha="right")
-    axes.set_ylim(bottom=0)
-    axes.set_title(f"final {column.title}")
-
-
-def _plot_curves(axes: Axes, comparison: Comparison, runs: Sequence[Run]) -> None:
-    for place, row in enumerate(comparison.rows):
-        curves = [fd_curve(run.result) for run in runs if run.row == row.name and run.result is not None]
-        for curve in curves:
-            axes.plot(range(1, len(curve) + 1), curve, color=f"C{place}", alpha=0.3, linewidth=1)
-        if curves:
-            middle = [statistics.median(values) for values in zip(*curves, strict=True)]
-            axes.plot(range(1, len(middle) + 1), middle, "o-", color=f"C{place}", label=row.name)
-            axes.set_xticks(range(1, len(middle) + 1))
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("task")
-    axes.set_title("FD on all classes seen, after each task")
-    axes.legend()
-
-
-def fd_curve(result: dict[str, Any]) -> list[float]:
-    """FD after each task, NaN where it was not measured."""
-    values = [_number(row.get("fd")) for row in result["after_task"]]
-    return [float("nan") if value is None else value for value in values]

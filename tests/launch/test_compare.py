@@ -20,10 +20,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from tests.report.checks import read_page
 from trainer import compare
 from trainer.compare import Comparison, Row, Run, parse_comparison, parse_variant, plan_runs, read_result, run_all
-from trainer.compare_report import cells, remarks, statistics_of, summarise, write_report
+from trainer.compare_report import cells, remarks, summarise, write_report
 from trainer.errors import ConfigError, UserError
+from trainer.report.spread import statistics_of
 from trainer.run import RunDir
 
 TASKS = 5  # of digits.yaml
@@ -238,6 +240,7 @@ time.sleep(600)
 DRIVER = """
 import pathlib, sys
 from rich.console import Console
+from tests.report.checks import read_page
 from trainer import compare
 compare.GRACE = 0.5
 row = compare.Row("joint", ("method.name=joint",))
@@ -374,7 +377,7 @@ def test_the_table_and_the_files(tmp_path: Path, launcher: list[str]) -> None:
     assert summarise(comparison, runs)["generative_replay"]["forgetting"].count == 2
 
     paths = write_report(comparison, runs)
-    assert [path.name for path in paths] == ["compare.json", "compare.md", "compare.png"]
+    assert [path.name for path in paths] == ["compare.json", "compare.md", "compare.png", "index.html"]
     content = json.loads(paths[0].read_text())
     assert content["rows"][0]["summary"]["fd"]["median"] == 101.0
     assert content["rows"][1]["runs"][1]["error"] and content["versions"]["torch"]
@@ -411,5 +414,7 @@ def test_the_entry_point_exits_1_after_a_failed_run(
 def test_without_any_result_there_is_a_report_and_no_picture(tmp_path: Path, launcher: list[str]) -> None:
     comparison = a_comparison(tmp_path / "out", rows=(Row("r", ("method.name=generative_replay",)),), seeds=(1,))
     runs, _ = run_quietly(comparison, launcher)
-    assert [path.name for path in write_report(comparison, runs)] == ["compare.json", "compare.md"]
+    paths = write_report(comparison, runs)
+    assert [path.name for path in paths] == ["compare.json", "compare.md", "index.html"]
+    assert "r seed 1 failed: exit code 0: error: no disk" in read_page(paths[-1]).content
     assert cells(comparison, runs)[1] == ["r", "0 of 1", *["-"] * 6]

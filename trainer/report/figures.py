@@ -23,6 +23,7 @@ from trainer.report.html import Html, folded, table
 from trainer.report.measures import BY_KEY, MEASURES, Measure, Values, as_array, digits, matrix_of, number
 
 SIDE = (4.6, 3.7)  # inches of a figure that stands beside others
+DUE = " Coloured by the share that is due to the task's classes: the lightest is all of it."
 Result = Mapping[str, Any]
 
 
@@ -53,7 +54,7 @@ def _matrix(measure: Measure, matrix: Values, floor: Values | None, task_classes
         colour_bar(figure, axes, percent=measure.share)
     caption = f"{measure.title}: {measure.meaning}; {measure.sense}."
     if measure.key == "share":
-        caption += " Coloured by the share that is due to the task's classes: the lightest is all of it."
+        caption += DUE
     return Drawn(
         f"matrix-{measure.key.replace('_', '-')}",
         figure,

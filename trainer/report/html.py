@@ -33,11 +33,12 @@ nav { margin: .75rem 0; }
 nav a { display: inline-block; margin-right: .9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
-th, td { padding: .2rem 1.1rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
-thead th { border-bottom: 2px solid #888; white-space: nowrap; }
+th, td { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
+thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
 tbody th { font-weight: 600; }
 @media (min-width: 50rem) { tbody th { white-space: nowrap; } }
-td.number, th.number { text-align: right; white-space: nowrap; }
+td.number, th.number { text-align: right; }
+td.number { white-space: nowrap; }
 td.words { min-width: 12rem; overflow-wrap: anywhere; }
 td.short { white-space: nowrap; }
 .figures { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); }

@@ -98,7 +98,7 @@ def _task_lines(axes: Axes, result: Result, task: int, timesteps: int) -> None:
 
 
 def _loss_table(result: Result, timesteps: int) -> Html:
-    header = ["task, when", *_bin_names(len(task_bins(result, 1, 1)), timesteps)]
+    header = ["task, when", *bin_names(len(task_bins(result, 1, 1)), timesteps)]
     rows = [
         [f"task {task}, {label}", *(digits(float(value)) for value in values)]
         for task in range(1, len(result["after_task"]) + 1)
@@ -136,7 +136,7 @@ def forgetting_map(result: Result, timesteps: int) -> Drawn | None:
     shares = 100 * grown_shares(result)
     texts = [[f"{value:+.0f}" if np.isfinite(value) else "" for value in row] for row in shares]
     _bins_panel(figure, right, shares, texts, timesteps, "growth in % of the loss right after the task")
-    header = ["task", *_bin_names(grown.shape[1], timesteps)]
+    header = ["task", *bin_names(grown.shape[1], timesteps)]
     rows = [[str(task), *(digits(float(value)) for value in row)] for task, row in enumerate(grown, 1)]
     return Drawn(
         "timestep-forgetting",
@@ -155,7 +155,7 @@ def _bins_panel(
     largest = float(known.max()) if known.size and known.max() > 0 else 1.0
     norm = TwoSlopeNorm(0.0, -largest, largest)
     heat_map(axes, values, (matplotlib.colormaps["RdBu_r"], norm), texts)
-    names = _bin_names(values.shape[1], timesteps)
+    names = bin_names(values.shape[1], timesteps)
     every = math.ceil(len(names) / ANNOTATED_BINS)
     axes.set_xticks(range(0, len(names), every), names[::every], rotation=40, ha="right", rotation_mode="anchor")
     ticks = task_ticks(len(values))
@@ -166,7 +166,7 @@ def _bins_panel(
     colour_bar(figure, axes)
 
 
-def _bin_names(bins: int, timesteps: int) -> list[str]:
+def bin_names(bins: int, timesteps: int) -> list[str]:
     edges = bin_edges(bins, timesteps)
     return [f"{low:.0f}-{high:.0f}" for low, high in pairwise(edges)]
 
