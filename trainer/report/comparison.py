@@ -67,7 +67,7 @@ def _sections(findings: Findings, drawn: Sequence[Drawn], out: Path) -> list[Sec
     warnings = [paragraph(remark, "warning") for remark in findings.remarks]
     over = paragraph(f"{spread_name(findings.mean)} over seeds.")
     return [
-        Section("Results", "results", [*warnings, over, table(names, lines)], drawn[:1]),
+        Section("Results", "results", [*warnings, over, table(names, [_stacked(line) for line in lines])], drawn[:1]),
         Section("By timestep", "timesteps", [], [figure for figure in drawn if figure.name == "compare-timesteps"]),
         Section("Samples", "samples", _histories(findings.groups)),
         Section(
@@ -104,7 +104,12 @@ def _costs(findings: Findings) -> Html:
         )
     units = {"duration": ", s", "seconds": ", s", "GB": ", GB"}
     header = ["row", *(title + units.get(kind, "") for _, title, kind in known)]
-    return table(header, rows) if known else Html("")
+    return table(header, [_stacked(row) for row in rows]) if known else Html("")
+
+
+def _stacked(line: Sequence[str]) -> list[Html]:
+    """Ranges below their medians: a row has many of them."""
+    return [text(line[0]), *(Html(text(value).replace(" (", "<br>(")) for value in line[1:])]
 
 
 def _cost_values(group: Group, key: str) -> list[float]:
