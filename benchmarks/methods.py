@@ -51,6 +51,11 @@ def make_parser() -> Parser:
     return parser
 
 
+def last_words(settings: Sequence[str]) -> list[str]:
+    """Each key once, with the value that counts: the last."""
+    return list({setting.partition("=")[0]: setting for setting in settings}.values())
+
+
 def choose(question: Question, names: str | None) -> Question:
     """The question with the rows that are named; raises UserError, naming one that it does not have."""
     if names is None:
@@ -90,7 +95,7 @@ def show(question: Question, rows: Sequence[dict[str, Any]], answers: Sequence[A
 def main(argv: list[str]) -> int:
     options = make_parser().parse_intermixed_args(argv)
     data, question = DATA[options.data], choose(QUESTIONS[options.question], options.rows)
-    overrides = [*data.settings, *EVALUATION, *options.overrides]
+    overrides = last_words([*data.settings, *EVALUATION, *options.overrides])
     out = options.out or Path("runs") / f"methods-{options.data}"
     runs = train(question, options.data, options.seeds, out, options.jobs, overrides)
     outcomes: Outcomes = collect(runs, data.samples, options.jobs)

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 Content = Mapping[str, Any]
 
@@ -17,31 +19,32 @@ def plot(content: Content, path: Path) -> None:
     """Written as the ending of `path` says."""
     question = content["question"]["name"]
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    draw: Callable[[Figure, Content], None] = {"timesteps": _timesteps, "likelihood": _likelihood}.get(question, _bars)
+    draw: Callable[[Figure, Content], None] = {"timesteps": _timesteps, "likelihood": _likelihood}.get(question, _rows)
     draw(figure, content)
     figure.suptitle(f"{content['data']}: {content['question']['text']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def _bars(figure: Figure, content: Content) -> None:
-    """Each measure with a bar for each row, a dot for each seed."""
+def _rows(figure: Figure, content: Content) -> None:
+    """Each measure by row: a dot for each seed, a stroke for the mean."""
     keys = [key for key in ("fd", "kld", "memorised") if key in content["rows"][0]["values"]]
     for axes, key in zip(np.ravel(figure.subplots(1, len(keys))), keys, strict=True):
-        _bar_axes(axes, content["rows"], key)
+        _row_axes(axes, content["rows"], key)
 
 
-def _bar_axes(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
+def _row_axes(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     places = range(len(rows))
-    axes.barh(places, [row["values"][key]["mean"] for row in rows], color="C0", alpha=0.35)
     for place, row in zip(places, rows, strict=True):
         seen = list(row["values"][key]["by_seed"].values())
-        axes.plot(seen, [place] * len(seen), "o", color="C0", markersize=5)
+        axes.plot(seen, [place] * len(seen), "o", color="C0", markersize=6)
+        axes.plot(row["values"][key]["mean"], place, "|", color="black", markersize=22)
     axes.set_yticks(places, [row["row"].replace("_", " ") for row in rows])
-    axes.invert_yaxis()
-    smallest = min(min(row["values"][key]["by_seed"].values()) for row in rows)
-    if key != "memorised" and smallest > 0:  # they span orders of magnitude
-        axes.set_xscale("log")
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    if key != "memorised" and min(min(row["values"][key]["by_seed"].values()) for row in rows) > 0:
+        axes.set_xscale("log")  # they span orders of magnitude
+        _plain_ticks(axes.xaxis)
     axes.set_title({"fd": "FD", "kld": "KLD", "memorised": "share of samples that copy the buffer"}[key])
 
 
@@ -56,6 +59,7 @@ def _timesteps(figure: Figure, content: Content) -> None:
     left.axhline(1.0, color="grey", linewidth=1)
     right.axhline(0.0, color="grey", linewidth=1)
     left.set_yscale("log")
+    _plain_ticks(left.yaxis)
     left.set_title("loss of earlier tasks at the end / when learnt")
     right.set_title("the same as a difference")
     for axes in (left, right):
@@ -71,6 +75,14 @@ def _likelihood(figure: Figure, content: Content) -> None:
         bits, distances = (list(values[key]["by_seed"].values()) for key in ("bpd", "fd"))
         axes.plot(bits, distances, "o", color=f"C{number}", label=row["row"].replace("_", " "))
     axes.set_yscale("log")
+    _plain_ticks(axes.yaxis)
     axes.set_xlabel("bits per dimension, mean over all tasks: less is better")
     axes.set_ylabel("FD: less is better")
     axes.legend()
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Of a logarithmic axis: 1, 2, 5, 10, ..."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())

@@ -12,7 +12,7 @@ from field.document import table
 from field.outcome import Outcome
 from field.plot import plot
 from field.rows import EVALUATION, GD, GR, JOINT, QUESTIONS, SETTINGS
-from methods import choose, show
+from methods import choose, last_words, show
 from quality.paired import Interval
 from quality.variants import DATA
 
@@ -66,6 +66,10 @@ def test_a_row_without_runs_is_left_out() -> None:
         f"FD: {JOINT} below {GD}",
         f"KLD: {JOINT} below {GD}",
     ]
+
+
+def test_the_last_value_of_a_setting_counts() -> None:
+    assert last_words(["a.b=1", "a.c=2", "a.b=3=4"]) == ["a.b=3=4", "a.c=2"]
 
 
 def test_some_rows_can_be_chosen() -> None:
