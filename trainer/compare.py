@@ -27,6 +27,7 @@ from trainer.cli import Parser, positive
 from trainer.config import Config, MethodName
 from trainer.errors import UserError
 from trainer.run import RunDir
+from trainer.scholar import asked_for
 from trainer.settings import as_plain, find_config, load_config, refused_changes, restore_config
 from trainer.tracking.table import number_text
 
@@ -47,6 +48,7 @@ INDIFFERENT = (
         "data.workers",
         "data.prefetch",
         "train.threads",
+        "classifier.",
     ),
     *("train.compile_cache", "train.peak_tflops"),
 )
@@ -221,6 +223,8 @@ def plan_runs(comparison: Comparison) -> list[Run]:
             )
             run.result = read_result(directory, run.tasks)
             _check_settings(run, as_plain(config))
+            if run.result is not None and run.result["final"].get("classifier") != asked_for(config):
+                run.result = None  # the same training, with a classifier still to be learnt, or another one
             runs.append(run)
     return runs
 

@@ -188,6 +188,27 @@ def test_a_key_younger_than_a_finished_run_counts_as_its_default(tmp_path: Path,
             run_quietly(replace(comparison, overrides=(*settings, override)), launcher)
 
 
+def test_a_finished_run_goes_on_for_a_classifier_that_is_asked_for(tmp_path: Path, launcher: list[str]) -> None:
+    """The stand-in learns none, so that it stays to be learnt; nothing else of a finished run may change with it."""
+    from omegaconf import OmegaConf
+
+    from trainer.settings import as_plain, load_config
+
+    out = tmp_path / "out"
+    comparison = a_comparison(out, rows=(Row("finetune", ("method.name=finetune",)),), seeds=(0,))
+    run = run_quietly(comparison, launcher)[0][0]
+    OmegaConf.save(OmegaConf.create(as_plain(load_config("digits.yaml", run.overrides))), run.directory.config)
+    wanted = replace(comparison, overrides=("classifier.epochs=2",))
+    (found,) = plan_runs(wanted)
+    assert found.result is None and plan_runs(comparison)[0].result is not None
+    with pytest.raises(UserError, match=r"config.yaml: .*zero.stage"):
+        plan_runs(replace(wanted, overrides=(*wanted.overrides, "zero.stage=2")))
+    result = json.loads(run.directory.metrics.read_text())
+    result["final"]["classifier"] = as_plain(load_config("digits.yaml", ["classifier.epochs=2"]))["classifier"]
+    run.directory.metrics.write_text(json.dumps(result))
+    assert plan_runs(wanted)[0].result == result
+
+
 def threads_of(comparison: Comparison) -> set[tuple[str, ...]]:
     """What is said of threads in the commands of a comparison's runs."""
     runs = plan_runs(comparison)
