@@ -43,13 +43,13 @@ class Answer:
 
 MEASURES: dict[str, Read] = {
     **{key: final(key) for key in ("fd", "kld", "precision", "recall", "density", "coverage")},
-    "forgetting": lambda outcome: float(outcome.result["final"]["forgetting"] or 0.0),
+    "classifier": lambda outcome: float(outcome.result["final"]["classifier_accuracy"]),
     "memorised": lambda outcome: outcome.memorised,
     "bpd": lambda outcome: statistics.fmean(outcome.bpd),
     "bpd_grown": lambda outcome: outcome.bpd_grown,
 }
 COLUMNS = {
-    "order": ("fd", "kld", "precision", "recall"),
+    "order": ("fd", "kld", "precision", "recall", "classifier"),
     "rehearsal": ("fd", "kld", "precision", "recall", "memorised"),
     "timesteps": ("fd",),
     "likelihood": ("bpd", "bpd_grown", "fd", "kld"),

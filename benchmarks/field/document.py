@@ -20,6 +20,7 @@ TITLES = {
     "kld": "KLD",
     "bpd": "bits / dimension",
     "bpd_grown": "those of earlier tasks, grown by a factor of",
+    "classifier": "accuracy of the classifier",
     "memorised": "copies of the buffer",
     **{key: key for key in ("precision", "recall")},
 }

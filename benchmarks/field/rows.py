@@ -10,8 +10,11 @@ COEFFICIENTS = ("1", "0.5", "0.2")  # of rehearsal, over the same small buffer
 PENALTIES = (("rank1_ewc", "15000"), ("rank1_ewc", "10"), ("ewc", "10"))  # and their weights; 15,000 is the paper's
 
 # The evaluations after each task; the final model is measured again on more samples. Few timesteps of the bound are
-# enough: what is compared are means over all images of a data set.
-EVALUATION = ("evaluation.samples=2000", "evaluation.bpd_images=24", "evaluation.bpd_timesteps=50")
+# enough: what is compared are means over all images of a data set. A classifier learns the tasks from what is replayed.
+EVALUATION = (
+    *("evaluation.samples=2000", "evaluation.bpd_images=24", "evaluation.bpd_timesteps=50"),
+    "classifier.epochs=10",
+)
 SETTINGS = {
     FINETUNE: ("method.name=finetune",),
     JOINT: ("method.name=joint",),

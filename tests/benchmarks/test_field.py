@@ -23,10 +23,11 @@ from trainer.settings import load_config
 def outcome(fd: float, kld: float, bpd: float = 4.0, memorised: float = 0.1, grown: float = 1.5) -> Outcome:
     """Of two tasks; the loss of the first grew by half in the first bin and by `grown` in the others."""
     learnt, end = [0.2, 0.04, 0.02], [0.3, 0.04 * grown, 0.02 * grown]
+    forgotten = [a - b for a, b in zip(end, learnt, strict=True)]
     result: dict[str, Any] = {
         "matrix": {"bpd": [[3.0, None], [bpd - 1.0, bpd + 1.0]], "loss_bins": [[learnt, None], [end, learnt]]},
         "after_task": [{"fd": 2.0}, {"fd": fd}],
-        "final": {"forgetting": 3.0, "forgetting_loss_bins": [[a - b for a, b in zip(end, learnt, strict=True)]]},
+        "final": {"classifier_accuracy": 0.9, "forgetting_loss_bins": [forgotten]},
     }
     final = {"fd": fd, "kld": kld, "precision": 0.8, "recall": 0.7, "density": 1.0, "coverage": 0.9}
     return Outcome({**final, "nearest": {"buffer": {"features": {"memorised": memorised}}}}, result)
