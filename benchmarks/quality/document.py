@@ -12,7 +12,17 @@ from catalogue import line, with_table
 from quality.variants import DATA
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "replay.md"
-HEAD = ("variant", "settings", "forwards / point", "seeds", "FD (min..max)", "FD / inline", "KLD", "KLD - inline")
+HEAD = (
+    "variant",
+    "settings",
+    "forwards / point",
+    "seeds",
+    "FD (min..max)",
+    "FD / inline",
+    "KLD",
+    "KLD - inline",
+    "FD / default",
+)
 
 
 def with_tables(text: str, results: Path) -> str:
@@ -32,7 +42,8 @@ def table(content: Mapping[str, Any]) -> str:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     name, *rest = row_text(row, ratio="{:.2f}", kld="{:.3f}")
-    return [name, ", ".join(f"`{setting}`" for setting in row["settings"]), *rest]
+    over = interval_text(row.get("fd_over_default"), "{:.2f}")
+    return [name, ", ".join(f"`{setting}`" for setting in row["settings"]), *rest, over]
 
 
 def row_text(row: Mapping[str, Any], *, ratio: str, kld: str) -> list[str]:

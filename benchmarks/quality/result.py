@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quality.paired import Interval, paired_difference, paired_ratio
-from quality.variants import INLINE, Variant, variant
+from quality.variants import DEFAULT, INLINE, Variant, variant
 from trainer.compare import Run
 from trainer.data.shards import write_atomic
 from trainer.errors import UserError
@@ -66,10 +66,11 @@ def collect(runs: Sequence[Run], samples: int, jobs: int) -> dict[str, dict[int,
 
 def rows_of(found: Mapping[str, Mapping[int, Numbers]]) -> list[dict[str, Any]]:
     """A row for each variant, each with what its seeds say that it shares with in-loop distillation."""
-    return [_row(variant(name), seeds, found.get(INLINE, {})) for name, seeds in found.items()]
+    return [_row(variant(name), found) for name in found]
 
 
-def _row(chosen: Variant, mine: Mapping[int, Numbers], inline: Mapping[int, Numbers]) -> dict[str, Any]:
+def _row(chosen: Variant, found: Mapping[str, Mapping[int, Numbers]]) -> dict[str, Any]:
+    mine, inline, default = found[chosen.name], found.get(INLINE, {}), found.get(DEFAULT, {})
     seeds = sorted(mine)
     row: dict[str, Any] = {"variant": chosen.name, "question": chosen.question, "settings": list(chosen.settings)}
     row |= {
@@ -85,6 +86,9 @@ def _row(chosen: Variant, mine: Mapping[int, Numbers], inline: Mapping[int, Numb
         row["fd_ratio"] = asdict(paired_ratio(*fd))
         row["kld_difference"] = asdict(paired_difference(*kld))
         row["verdict"] = _verdict(row)
+    both = [seed for seed in seeds if seed in default]
+    if both and chosen.name not in (INLINE, DEFAULT):
+        row["fd_over_default"] = asdict(paired_ratio(*([of[seed]["fd"] for seed in both] for of in (mine, default))))
     return row
 
 

@@ -68,6 +68,8 @@ def test_rows_compare_the_seeds_that_are_shared() -> None:
     assert better["verdict"] == {"fd": "reached", "kld": "reached", "teacher_forwards_per_point": "reached"}
     assert worse["paired_seeds"] == 2 and worse["seeds"] == [0, 2]
     assert worse["verdict"] == {"fd": "missed", "kld": "missed", "teacher_forwards_per_point": "missed"}
+    assert worse["fd_over_default"]["mean"] == pytest.approx(2.0 / 0.9)
+    assert not any("fd_over_default" in row for row in (inline, better, unpaired))
     assert "verdict" not in unpaired and unpaired["by_seed"]["fd"] == [5.0]
 
 
