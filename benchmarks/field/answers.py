@@ -12,7 +12,7 @@ from typing import Any, Literal
 from quality.paired import Interval
 
 from field.outcome import Outcome, Outcomes, difference, final, numbers, ratio, spread
-from field.rows import COEFFICIENTS, FINETUNE, GD, QUESTIONS, SETTINGS, Question
+from field.rows import COEFFICIENTS, FINETUNE, GD, JOINT, QUESTIONS, SETTINGS, Question
 
 Read = Callable[[Outcome], float]
 
@@ -94,23 +94,26 @@ def _rehearsal(outcomes: Outcomes) -> list[Answer]:
 
 
 def _timesteps(outcomes: Outcomes) -> list[Answer]:
-    """The least noisy bin against the geometric mean of all others."""
+    """The least noisy bin, and the noisier half of them, against the rest of the less noisy half."""
+    found: list[Answer] = []
+    for row in (name for name in QUESTIONS["timesteps"].rows if name in outcomes and name != JOINT):
+        middle = numbers(outcomes[row], lambda outcome: _mean_grown(outcome, 1, _half(outcome)))
+        first = numbers(outcomes[row], lambda outcome: outcome.loss_grown[0])
+        last = numbers(outcomes[row], lambda outcome: _mean_grown(outcome, _half(outcome), None))
+        claim = f"{row}: the loss of earlier tasks grows less at"
+        found += [
+            Answer(f"{claim} the least noisy timesteps than up to the middle", ratio(first, middle), "ratio"),
+            Answer(f"{claim} the noisier half than below it", ratio(last, middle), "ratio"),
+        ]
+    return found
 
-    def first(outcome: Outcome) -> float:
-        return outcome.loss_grown[0]
 
-    def others(outcome: Outcome) -> float:
-        return math.exp(statistics.fmean(math.log(value) for value in outcome.loss_grown[1:]))
+def _half(outcome: Outcome) -> int:
+    return (len(outcome.loss_grown) + 1) // 2
 
-    return [
-        Answer(
-            f"{row}: the loss of earlier tasks grows less at the least noisy timesteps than at the others",
-            ratio(numbers(outcomes[row], first), numbers(outcomes[row], others)),
-            "ratio",
-        )
-        for row in QUESTIONS["timesteps"].rows
-        if row in outcomes and row != "joint"
-    ]
+
+def _mean_grown(outcome: Outcome, begin: int, end: int | None) -> float:
+    return math.exp(statistics.fmean(math.log(value) for value in outcome.loss_grown[begin:end]))
 
 
 def _likelihood(outcomes: Outcomes) -> list[Answer]:
