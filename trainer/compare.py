@@ -87,6 +87,7 @@ class Run:
     directory: RunDir
     log: Path
     tasks: int
+    classifier: dict[str, Any] | None = None  # what the result must say of the classifier that learns the tasks
     result: dict[str, Any] | None = None
     error: str = ""
 
@@ -220,11 +221,10 @@ def plan_runs(comparison: Comparison) -> list[Run]:
                 directory=directory,
                 log=comparison.out / "logs" / f"{name}.log",
                 tasks=len(config.data.tasks),
+                classifier=asked_for(config),
             )
-            run.result = read_result(directory, run.tasks)
             _check_settings(run, as_plain(config))
-            if run.result is not None and run.result["final"].get("classifier") != asked_for(config):
-                run.result = None  # the same training, with a classifier still to be learnt, or another one
+            run.result = _whole_result(run)
             runs.append(run)
     return runs
 
@@ -243,7 +243,8 @@ def _check_settings(run: Run, wanted: dict[str, Any]) -> None:
     if not path.exists():
         return
     held = restore_config(path)
-    changed = refused_changes(held, wanted) if run.result is None else _differences(held, wanted)
+    trained = read_result(run.directory, run.tasks) is not None
+    changed = _differences(held, wanted) if trained else refused_changes(held, wanted)
     if changed:
         raise UserError(f"{path}: holds a run with other settings: {', '.join(changed)}; take another --out")
 
@@ -270,6 +271,12 @@ def read_result(directory: RunDir, tasks: int) -> dict[str, Any] | None:
     rows, final = result.get("after_task"), result.get("final")
     complete = result.get("tasks") == tasks and isinstance(rows, list) and len(rows) == tasks
     return result if complete and isinstance(final, dict) and set(METRICS) <= set(final) else None
+
+
+def _whole_result(run: Run) -> dict[str, Any] | None:
+    """A run that is trained goes on where its classifier is still to be learnt, or another one is asked for."""
+    result = read_result(run.directory, run.tasks)
+    return result if result is not None and result["final"].get("classifier") == run.classifier else None
 
 
 def run_all(comparison: Comparison, console: Console, launcher: Sequence[str] = LAUNCHER) -> list[Run]:
@@ -332,7 +339,7 @@ def _free_port(taken: set[int]) -> int:
 def _finish(child: _Child, console: Console) -> None:
     _stop([child])  # ranks that outlived their launcher still hold the run directory
     run, seconds = child.run, time.monotonic() - child.started
-    run.result = read_result(run.directory, run.tasks)
+    run.result = _whole_result(run)
     if run.result is None:
         run.error = f"exit code {child.process.returncode}: {_last_words(run.log)}"
         console.print(f"{run.name}: [red]failed[/red] after {seconds:.0f} s, log {run.log}", highlight=False)

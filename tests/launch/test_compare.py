@@ -203,6 +203,8 @@ def test_a_finished_run_goes_on_for_a_classifier_that_is_asked_for(tmp_path: Pat
     assert found.result is None and plan_runs(comparison)[0].result is not None
     with pytest.raises(UserError, match=r"config.yaml: .*zero.stage"):
         plan_runs(replace(wanted, overrides=(*wanted.overrides, "zero.stage=2")))
+    (failed,), said = run_quietly(wanted, launcher)
+    assert failed.result is None and failed.error and "failed" in said, "its result of before is not that asked for"
     result = json.loads(run.directory.metrics.read_text())
     result["final"]["classifier"] = as_plain(load_config("digits.yaml", ["classifier.epochs=2"]))["classifier"]
     run.directory.metrics.write_text(json.dumps(result))
