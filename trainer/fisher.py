@@ -41,7 +41,7 @@ from trainer.methods.base import Weights, current_loss
 from trainer.models.denoiser import Denoiser
 from trainer.models.teacher import CARD_NAME, WEIGHTS_NAME, check_teacher, load_teacher
 from trainer.run import RunDir
-from trainer.seeds import derive
+from trainer.seeds import smallest
 from trainer.world import World
 
 FISHER_NAME = "fisher.safetensors"
@@ -82,7 +82,7 @@ class SampleGradients:
                 continue
             examples = self._prepare(self._batch(chosen))
             for row in range(len(examples)):
-                yield self._gradient(_row(examples, row))
+                yield self._gradient(examples.rows(slice(row, row + 1)))
 
     def _batch(self, numbers: NDArray[np.int64]) -> HostBatch:
         indices, draws = np.divmod(numbers, self._draws)
@@ -168,8 +168,7 @@ class Consolidation:
 
 def choose(data: TaskData, count: int, seed: int, task: int) -> NDArray[np.int64]:
     """Indices of `count` images, or of all where there are fewer: a pure function of (seed, task) and the keys."""
-    ranks = derive(seed, f"fisher/{task}/image", data.keys).view(np.uint64)
-    return np.lexsort((data.keys, ranks))[:count].astype(np.int64)
+    return smallest(seed, f"fisher/{task}/image", data.keys, count)
 
 
 def save_fisher(
@@ -219,8 +218,3 @@ def check_fisher(directory: Path, penalty: str, teacher_id: str, shapes: dict[st
 
 def _mend(directory: Path) -> str:
     return f"delete {directory}, and it is measured again"
-
-
-def _row(examples: Examples, row: int) -> Examples:
-    one = slice(row, row + 1)
-    return Examples(examples.x[one], examples.t[one], examples.target[one], examples.label[one])

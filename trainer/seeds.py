@@ -38,6 +38,15 @@ def derive(run_seed: int, purpose: str, keys: UInt64, draws: UInt64 | int = 0) -
     return mixed.view(np.int64)
 
 
+def smallest(run_seed: int, purpose: str, keys: UInt64, count: int) -> NDArray[np.int64]:
+    """Indices of `count` samples, of all where there are fewer: those with the smallest derived seeds, in their order.
+
+    A random choice that depends on the seed, the purpose and the keys alone, not on the order of the samples.
+    """
+    rank = derive(run_seed, purpose, keys).view(np.uint64)
+    return np.lexsort((keys, rank))[:count].astype(np.int64)
+
+
 def _mix(x: UInt64) -> UInt64:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -94,5 +94,4 @@ def replay_metrics(stats: Mapping[str, Any]) -> dict[str, float]:
 
 def _part(examples: Examples, number: int, count: int) -> Examples:
     size = len(examples) // count
-    rows = slice(number * size, (number + 1) * size)
-    return Examples(examples.x[rows], examples.t[rows], examples.target[rows], examples.label[rows])
+    return examples.rows(slice(number * size, (number + 1) * size))

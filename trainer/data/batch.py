@@ -21,3 +21,7 @@ class Examples:
 
     def __len__(self) -> int:
         return self.x.shape[0]
+
+    def rows(self, rows: slice) -> Examples:
+        """Some of them, as views."""
+        return Examples(self.x[rows], self.t[rows], self.target[rows], self.label[rows])

@@ -18,7 +18,7 @@ from trainer.data.dataset import KEY, TaskData, open_directory
 from trainer.data.files import FilePool
 from trainer.data.shards import LABEL_EXTENSION, Sample, read_index, write_index, write_shard
 from trainer.errors import UserError
-from trainer.seeds import derive
+from trainer.seeds import derive, smallest
 
 SHARD_NAME = "buffer.tar"
 
@@ -42,8 +42,7 @@ def reservoir(data: TaskData, size: int, seed: int) -> NDArray[np.int64]:
     What is chosen of a part and of the rest is chosen of both together: reservoirs of single tasks are enough to make
     that of all tasks.
     """
-    rank = derive(seed, "reservoir", data.keys).view(np.uint64)
-    return np.lexsort((data.keys, rank))[:size].astype(np.int64)
+    return smallest(seed, "reservoir", data.keys, size)
 
 
 def choose(data: TaskData, method: MethodConfig, seed: int, task: int) -> NDArray[np.int64]:

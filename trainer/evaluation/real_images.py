@@ -21,7 +21,7 @@ from trainer.diffusion.schedules import NoiseSchedule
 from trainer.kernels.ddim import x0_and_noise
 from trainer.kernels.noise import add_noise, normalise
 from trainer.kernels.philox import uniform
-from trainer.seeds import derive
+from trainer.seeds import derive, smallest
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 BITS = 1.0 / float(np.log(2.0))  # of a nat
@@ -60,8 +60,7 @@ class Measured:
 
 def smallest_seeds(keys: NDArray[np.uint64], count: int, seed: int) -> NDArray[np.int64]:
     """A random choice of `count` samples, (n,): a function of the seed and their keys alone, not of their order."""
-    rank = derive(seed, "evaluation-real", keys).view(np.uint64)
-    return np.lexsort((keys, rank))[:count].astype(np.int64)
+    return smallest(seed, "evaluation-real", keys, count)
 
 
 def timestep_bins(timesteps: int, bins: int) -> Tensor:
