@@ -29,7 +29,8 @@ def runs(make_run: MakeRun, tmp_path: Path) -> list[Run]:
     for seed in (0, 1):
         for place, name in enumerate(ROWS):
             directory = make_run(f"{name}-seed{seed}", tasks=3, seed=10 * place + seed)
-            run = Run(name, seed, [], directory, tmp_path / "log", 3, json.loads(directory.metrics.read_text()))
+            result = json.loads(directory.metrics.read_text())
+            run = Run(name, seed, [], directory, tmp_path / "log", 3, result=result)
             found.append(run)
     return found
 
