@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,7 +41,7 @@ class Answer:
 
 
 MEASURES: dict[str, Read] = {
-    **{key: final(key) for key in ("fd", "kld", "precision", "recall", "density", "coverage")},
+    **{key: final(key) for key in ("fd", "kld", "precision", "recall")},
     "classifier": lambda outcome: float(outcome.result["final"]["classifier_accuracy"]),
     "memorised": lambda outcome: outcome.memorised,
     "bpd": lambda outcome: statistics.fmean(outcome.bpd),
@@ -113,7 +112,7 @@ def _half(outcome: Outcome) -> int:
 
 
 def _mean_grown(outcome: Outcome, begin: int, end: int | None) -> float:
-    return math.exp(statistics.fmean(math.log(value) for value in outcome.loss_grown[begin:end]))
+    return statistics.geometric_mean(outcome.loss_grown[begin:end])
 
 
 def _likelihood(outcomes: Outcomes) -> list[Answer]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Any
 
 from quality.paired import Interval, paired_difference, paired_ratio
-from quality.result import measure
+from quality.result import measure_all
 
 from trainer.compare import Run
 
-KEYS = ("fd", "kld", "precision", "recall", "density", "coverage")  # of the final model, on many samples
 Numbers = Mapping[int, float]  # by seed
 
 
@@ -34,14 +32,16 @@ class Outcome:
     def bpd_grown(self) -> float:
         """How much the bits per dimension of earlier tasks have grown since each was learnt, as a factor."""
         bpd = self.result["matrix"]["bpd"]
-        return _factor([bpd[-1][task] / bpd[task][task] for task in range(len(bpd) - 1)])
+        return geometric_mean([bpd[-1][task] / bpd[task][task] for task in range(len(bpd) - 1)])
 
     @property
     def loss_grown(self) -> list[float]:
         """How much the loss of earlier tasks has grown since each was learnt, as a factor by bin of timesteps."""
         bins = self.result["matrix"]["loss_bins"]
         tasks = range(len(bins) - 1)
-        return [_factor([bins[-1][task][k] / bins[task][task][k] for task in tasks]) for k in range(len(bins[-1][0]))]
+        return [
+            geometric_mean([bins[-1][task][k] / bins[task][task][k] for task in tasks]) for k in range(len(bins[-1][0]))
+        ]
 
     @property
     def loss_forgotten(self) -> list[float]:
@@ -60,11 +60,8 @@ Outcomes = Mapping[str, Mapping[int, Outcome]]  # by row and seed
 
 def collect(runs: Sequence[Run], samples: int, jobs: int) -> dict[str, dict[int, Outcome]]:
     """Of the finished runs; the final model of each is measured on `samples` images."""
-    finished = [(run, run.result) for run in runs if run.result is not None]
-    with ThreadPoolExecutor(jobs) as pool:
-        measured = list(pool.map(lambda run: measure(run, samples), [run for run, _ in finished]))
     found: dict[str, dict[int, Outcome]] = {}
-    for (run, result), final in zip(finished, measured, strict=True):
+    for run, result, final in measure_all(runs, samples, jobs):
         found.setdefault(run.row, {})[run.seed] = Outcome(final, result)
     return found
 
@@ -98,7 +95,3 @@ def spread(values: Numbers) -> dict[str, Any]:
 def _shared(ours: Numbers, other: Numbers) -> tuple[list[float], list[float]]:
     seeds = sorted(set(ours) & set(other))
     return [ours[seed] for seed in seeds], [other[seed] for seed in seeds]
-
-
-def _factor(ratios: Sequence[float]) -> float:
-    return math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))

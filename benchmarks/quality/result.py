@@ -51,13 +51,18 @@ def measure(run: Run, samples: int) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def collect(runs: Sequence[Run], samples: int, jobs: int) -> dict[str, dict[int, Numbers]]:
-    """The numbers of each finished run, by variant and seed."""
+def measure_all(runs: Sequence[Run], samples: int, jobs: int) -> list[tuple[Run, dict[str, Any], dict[str, Any]]]:
+    """Each finished run with its metrics.json and the measures of its final model; `jobs` are measured at once."""
     finished = [(run, run.result) for run in runs if run.result is not None]
     with ThreadPoolExecutor(jobs) as pool:
         measured = list(pool.map(lambda run: measure(run, samples), [run for run, _ in finished]))
+    return [(run, result, row) for (run, result), row in zip(finished, measured, strict=True)]
+
+
+def collect(runs: Sequence[Run], samples: int, jobs: int) -> dict[str, dict[int, Numbers]]:
+    """The numbers of each finished run, by variant and seed."""
     found: dict[str, dict[int, Numbers]] = {}
-    for (run, result), row in zip(finished, measured, strict=True):
+    for run, result, row in measure_all(runs, samples, jobs):
         forwards = result["cost"]["teacher_evaluations"] / result["cost"]["replay_points_used"]
         numbers = {"fd": row["fd"], "kld": row["kld"], "teacher_forwards_per_point": forwards}
         found.setdefault(run.row, {})[run.seed] = numbers
