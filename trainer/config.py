@@ -116,6 +116,14 @@ class Share(str, Enum):
     classes = "classes"
 
 
+class OwnClassifier(str, Enum):
+    """The classifier that is a part of the model and learns with it."""
+
+    none = "none"
+    joint = "joint"  # on the features of the U-Net's encoder
+    separate = "separate"  # on those of an encoder of its own, which shares nothing
+
+
 class Solver(str, Enum):
     ddim = "ddim"
     dpmpp = "dpmpp"  # DPM-Solver++(2M)
@@ -189,7 +197,10 @@ class ModelConfig:
     dropout: float = 0.0
     conditional: bool = True
     label_dropout: float = 0.0  # share of training labels replaced by one that stands for no class; guidance needs it
-    max_classes: int = 0  # rows of the label embedding; 0: data.classes. Leave room for classes to come
+    max_classes: int = 0  # labels and outputs that there is room for; 0: data.classes. Leave room for classes to come
+    classifier: OwnClassifier = OwnClassifier.none
+    classifier_width: int = 256  # hidden units between its features and its outputs
+    classifier_dropout: float = 0.1  # of these units
 
 
 @dataclass
@@ -361,8 +372,9 @@ class Config:
 
     @property
     def max_classes(self) -> int:
-        """Class ids that the model has room for; 0 for an unconditional model, which has none."""
-        return (self.model.max_classes or self.data.classes) if self.model.conditional else 0
+        """Class ids that the model has room for; 0 for a model that neither takes nor tells classes."""
+        labels = self.model.conditional or self.model.classifier is not OwnClassifier.none
+        return (self.model.max_classes or self.data.classes) if labels else 0
 
     @property
     def null_label(self) -> int | None:

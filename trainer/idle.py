@@ -8,6 +8,7 @@ from trainer.config import (
     Config,
     MethodName,
     OnStarved,
+    OwnClassifier,
     OwnPoints,
     PenaltyName,
     Placement,
@@ -38,8 +39,10 @@ def check_idle(config: Config, overrides: list[str]) -> None:
         conditions += [(f"diffusion.beta_{end}", "diffusion.schedule=cosine") for end in ("start", "end")]
     if data.tasks:
         conditions += [(f"data.{key}", "data.tasks") for key in ("classes_per_task", "class_order_seed")]
-    if not model.conditional:
-        conditions.append(("model.max_classes", "model.conditional=false"))
+    if model.classifier is OwnClassifier.none:
+        conditions += [(f"model.classifier_{what}", "model.classifier=none") for what in ("width", "dropout")]
+        if not model.conditional:
+            conditions.append(("model.max_classes", "model.conditional=false"))
     if not config.train.compile:
         conditions.append(("train.autotune", "train.compile=false"))
     if not config.tracking.profile_steps:

@@ -296,7 +296,7 @@ def _check_data(config: Config) -> None:
     _require(data.channels in (1, 3), "data.channels", data.channels, "must be 1 or 3")
     tasks = task_classes(data)
     _require(
-        not config.model.conditional or config.model.max_classes >= data.classes,
+        not config.max_classes or config.max_classes >= data.classes,
         "model.max_classes",
         config.model.max_classes,
         f"fewer than data.classes={data.classes}",

@@ -45,7 +45,7 @@ def count_parameters(config: Config) -> int:
 
 
 def forward_flops(config: Config) -> int:
-    """Floating point operations of one image's way through the denoiser, from shapes alone.
+    """Floating point operations of one image's way through the denoiser (and its classifier), from shapes alone.
 
     Matrix products, convolutions and attention, a multiplication and an addition counted as two (torch's
     FlopCounterMode); what is done element by element is left out, as it is by convention.
@@ -56,7 +56,10 @@ def forward_flops(config: Config) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
         image = torch.empty(1, data.channels, data.image_size, data.image_size)
         zero = torch.zeros(1, dtype=torch.int64)
-        model(image, zero, zero)
+        if model.head is None:
+            model(image, zero, zero)
+        else:
+            model(image, zero, zero, image)
     return counter.get_total_flops()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from trainer.config import DiffusionConfig, ModelConfig, Prediction, Schedule
+from trainer.config import DiffusionConfig, ModelConfig, OwnClassifier, Prediction, Schedule
 from trainer.data.shards import IMAGE_LIMIT, drop_stale, read_regular, sha256_file, write_atomic
 from trainer.diffusion.schedules import NoiseSchedule, make_schedule
 from trainer.errors import UserError, one_line
@@ -42,7 +43,8 @@ class TeacherCard:
 
     @property
     def model_config(self) -> ModelConfig:
-        return ModelConfig(**self.model)
+        values: dict[str, Any] = self.model | {"classifier": OwnClassifier(self.model["classifier"])}
+        return ModelConfig(**values)
 
     @property
     def diffusion_config(self) -> DiffusionConfig:
@@ -78,8 +80,8 @@ def save_teacher(
         teacher_id=hashlib.sha256(data).hexdigest(),
         task=task,
         classes=[int(label) for label in classes],
-        model=asdict(model),
-        diffusion=asdict(diffusion) | {"schedule": diffusion.schedule.value, "prediction": diffusion.prediction.value},
+        model=_plain(model),
+        diffusion=_plain(diffusion),
         image_size=image_size,
         channels=channels,
         max_classes=max_classes,
@@ -108,7 +110,7 @@ def read_card(directory: Path) -> TeacherCard:
     if not isinstance(content, dict) or set(content) != names:
         raise UserError(f"{path}: not a teacher's card")
     if isinstance(content["model"], dict):  # keys that are younger than the card: their defaults are what it meant
-        content["model"] = asdict(ModelConfig()) | content["model"]
+        content["model"] = _plain(ModelConfig()) | content["model"]
     card = TeacherCard(**content)
     if not _well_formed(card):
         raise UserError(f"{path}: not a teacher's card (a field has a wrong type or an impossible value)")
@@ -122,7 +124,7 @@ def read_card(directory: Path) -> TeacherCard:
 
 def _well_formed(card: TeacherCard) -> bool:
     """Whether the fields of a card read from a file have the types and sizes that ours have."""
-    if not _alike(card.model, asdict(ModelConfig())) or not _alike(card.diffusion, asdict(DiffusionConfig())):
+    if not _alike(card.model, _plain(ModelConfig())) or not _alike(card.diffusion, _plain(DiffusionConfig())):
         return False
     numbers = [card.task, card.image_size, card.channels, card.max_classes]
     if not all(type(number) is int for number in numbers) or not isinstance(card.teacher_id, str):
@@ -137,6 +139,8 @@ def _well_formed(card: TeacherCard) -> bool:
         and len(card.model["channels"]) <= 16
         and all(channels <= LARGEST for channels in card.model["channels"])
         and card.model["layers_per_block"] <= 64
+        and card.model["classifier_width"] <= LARGEST
+        and card.model["classifier"] in [classifier.value for classifier in OwnClassifier]
     )
 
 
@@ -144,8 +148,13 @@ def _alike(values: object, section: dict[str, Any]) -> bool:
     """Whether values read from a file have the keys and types of a section of the configuration."""
     if not isinstance(values, dict) or values.keys() != section.keys():
         return False
-    kinds = {key: str if isinstance(value, str) else type(value) for key, value in section.items()}
+    kinds = {key: type(value) for key, value in section.items()}
     return all(_all(values[key], int) if kind is list else type(values[key]) is kind for key, kind in kinds.items())
+
+
+def _plain(section: ModelConfig | DiffusionConfig) -> dict[str, Any]:
+    """As JSON keeps a section of the configuration."""
+    return {key: value.value if isinstance(value, Enum) else value for key, value in asdict(section).items()}
 
 
 def _all(values: object, kind: type) -> bool:
