@@ -64,6 +64,7 @@ class MethodName(str, Enum):
     l2 = "l2"
     ewc = "ewc"
     rank1_ewc = "rank1_ewc"
+    jdcl = "jdcl"
 
 
 class PenaltyName(str, Enum):
@@ -100,10 +101,11 @@ class Points(str, Enum):
 
 
 class OwnPoints(str, Enum):
-    """Replay points without a path; a method has them, they are no choice of `replay.points`."""
+    """Replay points that come with a method; they are no choice of `replay.points`."""
 
     noise = "noise"  # gaussian_distillation: pure noise
     current = "current"  # lwf: the current task's noisy images
+    labelled = "labelled"  # jdcl: re-noised images of two teachers, which have told their classes
 
 
 class Timesteps(str, Enum):
@@ -127,6 +129,21 @@ class OwnClassifier(str, Enum):
 class Solver(str, Enum):
     ddim = "ddim"
     dpmpp = "dpmpp"  # DPM-Solver++(2M)
+
+
+class LocalStart(str, Enum):
+    """From where the local stage of jdcl sets out."""
+
+    scratch = "scratch"  # fresh weights
+    previous = "previous"  # the model of the tasks before
+
+
+class Missing(str, Enum):
+    """What stands in for images of a class that a teacher of jdcl does not make."""
+
+    repeat = "repeat"  # those that it made of the class, once more; images of other classes where there is none
+    other = "other"  # images of other classes
+    fail = "fail"  # nothing: the run ends
 
 
 class OnStarved(str, Enum):
@@ -269,6 +286,25 @@ class MethodConfig:
 
 
 @dataclass
+class JdclConfig:
+    """Joint diffusion and classification (method.name=jdcl): a local stage on each task's images (all of
+    train.images_per_task), then a global one on images of two teachers. The local loss is also that of finetune and
+    joint with a model.classifier."""
+
+    local_start: LocalStart = LocalStart.scratch
+    global_images: int = 0  # images of the teachers that the global stage sees; 0: as many as train.images_per_task
+    real_images: bool = False  # the task's images go on in the global stage, beside the teachers'
+    distil: bool = True  # learn the teachers' predictions and logits; without, only the noise and their labels
+    classification_weight: float = 1e-3  # of the cross-entropy, on images that have a label
+    noise_weight: float = 0.01  # global stage: of the noise, beside twice the teachers' predictions
+    label_weight: float = 1e-5  # global stage: of the teachers' labels, beside
+    logit_weight: float = 1e-3  # twice their soft ones
+    warmup_images: int = 0  # of the global stage, seen before the classifier learns in it
+    candidates: float = 4.0  # images that a teacher may sample for each that is kept, to have as many of each class
+    missing: Missing = Missing.repeat
+
+
+@dataclass
 class ReplayConfig:
     placement: Placement = Placement.subprocess
     points: Points = Points.renoised
@@ -359,6 +395,7 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    jdcl: JdclConfig = field(default_factory=JdclConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
@@ -373,7 +410,7 @@ class Config:
     @property
     def max_classes(self) -> int:
         """Class ids that the model has room for; 0 for a model that neither takes nor tells classes."""
-        labels = self.model.conditional or self.model.classifier is not OwnClassifier.none
+        labels = self.model.conditional or self.classifies
         return (self.model.max_classes or self.data.classes) if labels else 0
 
     @property
@@ -389,6 +426,11 @@ class Config:
     def needs_teacher(self) -> bool:
         """Whether the method learns from the previous model."""
         return self.method.name in TAUGHT
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model has a classifier of its own."""
+        return self.model.classifier is not OwnClassifier.none
 
     @property
     def points(self) -> Points | OwnPoints:
@@ -427,9 +469,11 @@ TAUGHT = (
     MethodName.lwf,
     MethodName.gaussian_distillation,
     MethodName.partial_generation,
+    MethodName.jdcl,
 )
 OWN_POINTS: dict[MethodName, Points | OwnPoints] = {
     MethodName.lwf: OwnPoints.current,
     MethodName.gaussian_distillation: OwnPoints.noise,
     MethodName.partial_generation: Points.trajectory,
+    MethodName.jdcl: OwnPoints.labelled,
 }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.config import Config
+from trainer.config import Config, OwnPoints
 from trainer.replay.request import pools_disk_bytes
-from trainer.steps import count_parameters, steps_per_task
+from trainer.steps import count_parameters
 
 FP32 = 4
 
@@ -26,12 +26,13 @@ class DiskNeed:
     def of(config: Config) -> DiskNeed:
         """Raises ConfigError for a pool that cannot be."""
         weights, tasks = FP32 * count_parameters(config), len(config.data.tasks)
+        local = config.points is OwnPoints.labelled  # a second teacher of each task but the first
         return DiskNeed(
             checkpoint_bytes=(3 + (config.ema.decay > 0)) * weights,  # weights, two moments, EMA
             checkpoints=tasks + config.checkpoint.keep + 2,
-            teachers_bytes=2 * tasks * weights,
+            teachers_bytes=(2 * tasks + (tasks - 1 if local else 0)) * weights,
             fisher_bytes=(tasks - 1) * weights if config.needs_fisher else 0,
-            replay_bytes=pools_disk_bytes(config, steps_per_task(config)),
+            replay_bytes=pools_disk_bytes(config),
         )
 
     @property

@@ -94,9 +94,10 @@ class Engine:
         """
         return self._skips.get()
 
-    def model(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        """The prediction of the model being trained; any number of calls may precede one `backward`."""
-        return self._engine(x, t, label)
+    def model(self, x: Tensor, t: Tensor, label: Tensor | None, *view: Tensor) -> Any:
+        """What the model being trained makes of it (`Denoiser.forward`); any number of calls may precede one
+        `backward`."""
+        return self._engine(x, t, label, *view)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch; loss: scalar, the mean over the micro-batch."""
@@ -154,6 +155,16 @@ class Engine:
     def reset_moments(self) -> None:
         """Start the optimiser afresh, with the weights as they are."""
         self._moments.reset()
+
+    def restart(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from other weights, a whole state dict, with a fresh optimiser and an average that begins there."""
+        assert self._micro_steps == 0, "between two steps only"
+        _fill(_buffers(self._engine.module), weights.__getitem__)
+        self._partition.scatter(weights.__getitem__, self._partition.masters)
+        self._partition.publish()
+        self._moments.reset()
+        if self._ema is not None:
+            self._ema.restart()
 
     def weights(self, ema: bool) -> dict[str, Tensor]:
         """The whole state dict in fp32 on the CPU, buffers included, on every rank; collective."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from trainer.config import (
     OWN_POINTS,
     Buffer,
@@ -51,9 +53,10 @@ def check_idle(config: Config, overrides: list[str]) -> None:
         conditions.append(("evaluation.timestep_bins", "evaluation.loss_images=0"))
     if not config.evaluation.bpd_images:
         conditions.append(("evaluation.bpd_timesteps", "evaluation.bpd_images=0"))
-    conditions += _idle_of_points(config) + _idle_of_the_classifier(config)
+    conditions += _idle_of_points(config) + _idle_of_the_classifier(config) + _idle_of_jdcl(config)
     shared = config.method.name is MethodName.experience_replay and config.classifier.epochs > 0  # by the classifier
-    if not config.needs_teacher and not shared:
+    alone = config.method.name is MethodName.jdcl and not (config.jdcl.real_images or config.classifier.epochs)
+    if alone or (not config.needs_teacher and not shared):
         conditions.append(("method.share", f"method.name={config.method.name.value}"))
     unused = "buffer_per_class" if config.method.buffer is Buffer.reservoir else "buffer_size"
     conditions.append((f"method.{unused}", f"method.buffer={config.method.buffer.value}"))
@@ -80,10 +83,24 @@ def _idle_of_points(config: Config) -> list[tuple[str, str]]:
         conditions.append(("replay.timesteps", method if own else "replay.points=trajectory"))
     if config.points is Points.renoised:
         conditions.append(("replay.jitter", "replay.points=renoised"))
-    if isinstance(config.points, OwnPoints):
+    if config.points in (OwnPoints.noise, OwnPoints.current):
         conditions += [(key, method) for key in _PATH.split()]
     if config.points is OwnPoints.current:
         conditions.append(("replay.timesteps", method))
+    return conditions
+
+
+def _idle_of_jdcl(config: Config) -> list[tuple[str, str]]:
+    method, jdcl = f"method.name={config.method.name.value}", config.jdcl
+    if not config.classifies:
+        return [(f"jdcl.{field.name}", "model.classifier=none") for field in fields(jdcl)]
+    if config.method.name is not MethodName.jdcl:
+        local = ("classification_weight",)
+        return [(f"jdcl.{field.name}", method) for field in fields(jdcl) if field.name not in local]
+    conditions = [("method.distillation_weight", method), ("replay.jitter", method)]
+    if not jdcl.distil:
+        weights = ("noise", "label", "logit")
+        conditions += [(f"jdcl.{weight}_weight", "jdcl.distil=false") for weight in weights]
     return conditions
 
 

@@ -21,6 +21,7 @@ from trainer.evaluation.rows import merged
 from trainer.probe import Answers, Probe
 from trainer.run import RunDir
 from trainer.scholar import Scholar
+from trainer.steps import images_of_task
 from trainer.tracking.grid import (
     ClassSamples,
     pick_samples,
@@ -191,7 +192,7 @@ class Judge:
         return pick_samples(data.read(chosen), labels, labels, classes, per_class)
 
     def _tell(self, task: int, row: dict[str, Any]) -> None:
-        seen = self.config.train.images_per_task
+        seen = images_of_task(self.config, task)
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
         self.tracker.log({**numbers, "task": task, "seen": seen}, event="evaluation")
         accuracy = "" if row["accuracy"] is None else f"  accuracy {100 * row['accuracy']:.1f} %"

@@ -6,19 +6,20 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch.profiler import record_function
 
-from trainer.config import Config, Placement, Verify
+from trainer.config import Config, OwnPoints, Placement, Verify
 from trainer.data.batch import Examples
-from trainer.data.buffer import choose, open_rehearsed, save_buffer
+from trainer.data.buffer import open_rehearsed
 from trainer.data.dataset import TaskData
 from trainer.data.label_dropout import LabelDropout
 from trainer.data.prepare import Preparer
-from trainer.data.shards import INDEX_NAME
 from trainer.data.stream import HostBatch, RealStream
 from trainer.diffusion.schedules import make_schedule
 from trainer.engine import Engine
@@ -27,23 +28,34 @@ from trainer.fisher import Consolidation
 from trainer.judge import Judge
 from trainer.memory import names_the_key
 from trainer.meter import Meter
-from trainer.methods import Rehearsal, build_method, build_penalty, task_weights
-from trainer.models.pipeline import export_pipeline
-from trainer.models.teacher import CARD_NAME, read_card, save_teacher
+from trainer.methods import Rehearsal, Weights, build_method, build_penalty, task_weights
+from trainer.models.teacher import CARD_NAME, read_card
 from trainer.performance import Performance
 from trainer.position import Position, checkpoint_path, parse_checkpoint, prune_checkpoints, sound_checkpoint
 from trainer.profiling import StepProfiler
+from trainer.publishing import Publisher
 from trainer.pulse import Pulse
 from trainer.rehearsal import BufferSource
 from trainer.replay.devices import device_name
 from trainer.replay.events import Event, EventLog, count_events
-from trainer.replay.pool import discard
 from trainer.replay.request import ReplayRequest, make_request, write_request
 from trainer.replay.source import ReplaySource, open_source
 from trainer.replay.state import write_state
 from trainer.run import RunDir
 from trainer.seeds import derive, hash_keys
-from trainer.steps import checkpoint_interval, fresh_model, micro_batches, replay_metrics, steps_per_task
+from trainer.steps import (
+    Stage,
+    batch_of,
+    checkpoint_interval,
+    fresh_model,
+    images_of_task,
+    images_until,
+    micro_batches,
+    replay_metrics,
+    replay_steps,
+    stages,
+    start_of,
+)
 from trainer.stop import GOES_ON, Stopped, StopRequest
 from trainer.tracking.trace import trace_samples
 from trainer.tracking.tracker import Tracker
@@ -66,14 +78,15 @@ class Trainer:
         """`began`: when this attempt started, by time.monotonic()."""
         self.config, self.run, self.world, self.tracker, self.judge = config, run, world, tracker, judge
         self.tasks = config.data.tasks
-        self.steps = steps_per_task(config)
+        self.stage = stages(config, 1)[0]
         self.checkpoint_steps = checkpoint_interval(config)
-        self.method = build_method(config.method)
+        self.method = build_method(config)
         self.schedule = make_schedule(config.diffusion).to(world.device)
         self.label_dropout = LabelDropout.of(config)
         self.engine = Engine(fresh_model(config), config, world)
         self.pulse = Pulse(world, stop.wanted, self._publish_checkpoints)
         self.consolidation = Consolidation(config, run, world, lambda: self._heed(stop))
+        self.publisher = Publisher(config, run, world, judge.class_names)
         self.position = Position()
         self.meter = Meter()
         self.performance = Performance(config, world.device, world.size)
@@ -127,32 +140,32 @@ class Trainer:
         """Train on one task, from the step at which the position stands."""
         if self.position.task < task:
             self.position = self.position.next_task()
-        if self.position.step >= self.steps:
-            return
-        if self.position.step == 0 and self.config.optimizer.reset_per_task:
-            self.engine.reset_moments()
+        for stage in stages(self.config, task):
+            if self.position.step < stage.end:
+                self.stage = stage
+                self.learn_stage(task, stage)
+
+    def learn_stage(self, task: int, stage: Stage) -> None:
+        """Train on a part of a task, from the step at which the position stands."""
+        if self.position.step == stage.begin:
+            self.begin(task, stage)
         self.request_replay(task)
         self.hold(task)
         with ExitStack() as stack:
-            data = self._real_data(task)
-            stream = stack.enter_context(self._stream(data, task, self.config.train.global_batch))
             # A joint task sees the images of earlier tasks again, from epoch 0: it must not draw the same noise again.
             self.prepare = self._preparer(f"current/{task}" if self.method.all_tasks else "current")
             self.weights = task_weights(self.config, task, self.schedule)
-            replay = self._replay(task, stack)
+            batches = self._real_batches(task, stage, stack) if stage.real else repeat(None)
+            replay = self._replay(task, stack) if stage.replayed else None
             self._replay_source = replay
             self.tracker.start_task(task, self.seen, self.machine())
             self.pulse.start()
             began = time.perf_counter()
-            batches: Iterator[HostBatch] = stream
-            if self.config.tracking.seen_samples:
-                batches = trace_samples(stream, data, self.run, self.world, task, self.position.step)
-            batches = self.performance.timed(batches)
             stack.callback(self.profiler.stop)
             self.performance.start(0.0 if replay is None else replay.stats()["starved_seconds"])
-            while self.position.step < self.steps:
+            while self.position.step < stage.end:
                 self.profiler.begin_step()
-                if not self.pulse.may_begin(self.position.step, replay):
+                if not self.pulse.may_begin(self.position.step - stage.begin, replay):
                     self.halt(task)
                 self.step(task, self.position.step, next(batches), replay)
                 self.position.step += 1
@@ -165,6 +178,16 @@ class Trainer:
         self._publish_checkpoints()
         self._replay_source = None
 
+    def begin(self, task: int, stage: Stage) -> None:
+        """Take the weights that a stage sets out from, and a fresh optimiser."""
+        if stage.taught:
+            self.publisher.local(task, lambda: self.engine.weights(ema=True))
+        weights = start_of(self.config, self.run, task, stage)
+        if weights is not None:
+            self.engine.restart(weights)
+        elif self.config.optimizer.reset_per_task:
+            self.engine.reset_moments()
+
     def hold(self, task: int) -> None:
         """Have the weights held near those of the tasks before, where the configuration asks for it."""
         penalty = build_penalty(self.config)
@@ -172,35 +195,28 @@ class Trainer:
             self.consolidation.hold(self.engine, penalty, task, self.tracker.activity)
 
     def freeze(self, task: int) -> None:
-        """Publish the model as it is after a task: teacher of the next, diffusers pipeline, buffer of real images."""
-        # The main rank alone looks: network file systems would go on telling the others that nothing is there.
-        if self.world.any(self.world.is_main and not self._published(task)):
-            weights = self.engine.weights(ema=True)
-            self.world.on_main(lambda: self._publish(task, weights))
-        if self.config.needs_teacher and task > 1 and self.config.replay.placement is not Placement.inline:
-            self.world.on_main(lambda: discard(self.run, task, self.config.replay.retirement))
-
-    def _published(self, task: int) -> bool:
-        parts = [self.run.teacher(task) / CARD_NAME, self.run.pipeline(task)]
-        if self.method.rehearsal is Rehearsal.buffer:
-            parts.append(self.run.buffer(task) / INDEX_NAME)
-        return all(part.exists() for part in parts)
+        """Publish the model as it is after a task."""
+        self.publisher.task(task, lambda: self.engine.weights(ema=True))
 
     # --- one step ------------------------------------------------------------------------------------------------
 
     @names_the_key
-    def step(self, task: int, step: int, batch: HostBatch, replay: ReplaySource | None) -> None:
+    def step(self, task: int, step: int, batch: HostBatch | None, replay: ReplaySource | None) -> None:
         """One optimiser step on real images and, after the first task, on what is rehearsed."""
         engine = self.engine
         engine.set_lr(self.learning_rate(step))
         self._seed_dropout(task, step)
         with record_function("prepare"):
-            current = self.prepare(batch)
+            real = None if batch is None else self.prepare(batch)
         with record_function("replay"):
-            rehearsed = self._rehearsed(task, step, replay, current)
+            rehearsed = self._rehearsed(task, step - self.stage.begin, replay, real)
+        # A teacher's images take the place of the task's, which then go on beside them or not at all.
+        current, rehearsed = (rehearsed, real) if self.stage.taught else (real, rehearsed)
+        assert current is not None, "every step learns from something"
+        weights = self._weights_at(step - self.stage.begin)
         for part, rehearsed_part in micro_batches(current, rehearsed, engine.accumulation):
             with record_function("forward"):
-                terms = self.method.loss(engine.model, part, rehearsed_part, self.weights)
+                terms = self.method.loss(engine.model, part, rehearsed_part, weights)
             with record_function("backward"):
                 engine.backward(terms["loss"])
             for name, value in terms.items():
@@ -213,7 +229,14 @@ class Trainer:
         if engine.grad_norm is not None:
             self.meter.add("grad_norm", engine.grad_norm)
 
-    def _rehearsed(self, task: int, step: int, replay: ReplaySource | None, current: Examples) -> Examples | None:
+    def _weights_at(self, step: int) -> Weights:
+        """Those at a step of the stage: a taught classifier waits until the images have settled."""
+        waits = self.stage.taught and step * self.config.replay_batch < self.config.jdcl.warmup_images
+        return replace(self.weights, classifying=0.0) if waits else self.weights
+
+    def _rehearsed(
+        self, task: int, step: int, replay: ReplaySource | None, current: Examples | None
+    ) -> Examples | None:
         """This rank's replay points of a step; None where there are none, or where the step goes without."""
         points = replay.points(step, current) if replay is not None else None
         if points is None or self.label_dropout is None or not self.config.needs_teacher:
@@ -224,7 +247,7 @@ class Trainer:
     def after_step(self, task: int) -> None:
         """Collect garbage, log and save: at fixed steps, so at the same ones on all ranks."""
         step, train = self.position.step, self.config.train
-        saving = step == self.steps or step % self.checkpoint_steps == 0
+        saving = step == self.stage.end or step % self.checkpoint_steps == 0
         if step % train.gc_every == 0:
             gc.collect()
         if saving or step % train.log_every == 0:
@@ -247,16 +270,16 @@ class Trainer:
             raise Stopped(f"stopped between two tasks; all that was learnt is saved, {GOES_ON}")
 
     def learning_rate(self, step: int) -> float:
-        """Constant after a linear warm-up over the first `optimizer.warmup_images` of each task."""
-        optimizer, images = self.config.optimizer, (step + 1) * self.config.train.global_batch
+        """Constant after a linear warm-up over the first `optimizer.warmup_images` of each task, or part of one."""
+        optimizer, images = self.config.optimizer, (step + 1 - self.stage.begin) * batch_of(self.config, self.stage)
         return optimizer.lr * min(1.0, images / max(1, optimizer.warmup_images))
 
     # --- saving and telling --------------------------------------------------------------------------------------
 
     @property
     def seen(self) -> int:
-        """Real images of the current task seen so far."""
-        return self.position.step * self.config.train.global_batch
+        """Images of the current task seen so far: real ones, or those of teachers in their place."""
+        return images_until(self.config, self.position.task, self.position.step)
 
     def save(self, task: int) -> None:
         """Take a checkpoint; it is written while the training goes on."""
@@ -278,7 +301,7 @@ class Trainer:
             if not self._troubled:
                 prune_checkpoints(self.run, task, self.config.checkpoint.keep)
             if self._replay_source is not None:
-                self._replay_source.release(step)
+                self._replay_source.release(max(0, step - self.stage.begin))
 
     def log(self, task: int) -> None:
         """Fetch the metrics from the device and show them.
@@ -323,7 +346,7 @@ class Trainer:
     def cost(self) -> dict[str, float | None]:
         """What the run has spent, over all its attempts."""
         cost, replay = self.position.cost, self.position.replay.values()
-        images = len(self.tasks) * self.steps * self.config.train.global_batch
+        images = sum(images_of_task(self.config, task) for task in range(1, len(self.tasks) + 1))
         return {
             "train_seconds": cost["train_seconds"],
             "wall_seconds": cost["wall_seconds"] + time.monotonic() - self._saved_at,
@@ -350,13 +373,18 @@ class Trainer:
     def _request(self, task: int) -> ReplayRequest | None:
         if not self.config.needs_teacher or not 2 <= task <= len(self.tasks):
             return None
+        local = None
+        if self.config.points is OwnPoints.labelled:
+            if not (self.run.local_teacher(task) / CARD_NAME).exists():
+                return None  # the second teacher is still learning
+            local = read_card(self.run.local_teacher(task))
         card = read_card(self.run.teacher(task - 1))
         classes = self.config.classes_until(task - 1)
-        return make_request(self.config, self.run, task, classes, card, self.steps)
+        return make_request(self.config, self.run, task, classes, card, replay_steps(self.config), local)
 
     def _replay(self, task: int, stack: ExitStack) -> ReplaySource | None:
         """Where this task's rehearsal comes from."""
-        if task == 1 or self.method.rehearsal is Rehearsal.none:
+        if self.method.rehearsal is Rehearsal.none:
             return None
         if self.method.rehearsal is Rehearsal.buffer:
             data = self._buffer(task)
@@ -375,7 +403,7 @@ class Trainer:
             device=self.world.device,
             dtype=self.engine.dtype,
             schedule=self.schedule,
-            start_step=self.position.step,
+            start_step=self.position.step - self.stage.begin,
             restored=self.position.replay.get(str(task)),
             journal=self._journal,
         )
@@ -386,6 +414,15 @@ class Trainer:
             self.tracker.log({**event, "seen": self.seen}, event=event["event"])
 
     # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _real_batches(self, task: int, stage: Stage, stack: ExitStack) -> Iterator[HostBatch]:
+        """Batches of real images from the present step on; the stack closes what reads them."""
+        data = self._real_data(task)
+        stream = stack.enter_context(self._stream(data, task, self.config.train.global_batch))
+        batches: Iterator[HostBatch] = stream
+        if self.config.tracking.seen_samples:
+            batches = trace_samples(stream, data, self.run, self.world, task, self.position.step)
+        return self.performance.timed(batches)
 
     def _real_data(self, task: int) -> TaskData:
         """The images to learn a task from; their checksums were verified before the ranks met."""
@@ -406,7 +443,7 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
             start_step=self.position.step,
-            stop_step=self.steps,
+            stop_step=self.stage.end,
             workers=self.config.data.workers,
             prefetch=self.config.data.prefetch,
         )
@@ -422,25 +459,6 @@ class Trainer:
             label_dropout=self.label_dropout,
         )
 
-    def _publish(self, task: int, weights: dict[str, torch.Tensor]) -> None:
-        config = self.config
-        save_teacher(
-            self.run.teacher(task),
-            weights,
-            task=task,
-            classes=config.classes_until(task),
-            model=config.model,
-            diffusion=config.diffusion,
-            image_size=config.data.image_size,
-            channels=config.data.channels,
-            max_classes=config.max_classes,
-            class_names=self.judge.class_names,
-        )
-        export_pipeline(self.run.pipeline(task), self.run.teacher(task))
-        if self.method.rehearsal is Rehearsal.buffer:
-            data = TaskData.open(Path(config.data.root), "train", [task], Verify.size)
-            save_buffer(data, choose(data, config.method, config.run.seed, task), self.run.buffer(task))
-
     def _check_teacher(self) -> None:
         """The teacher on disk must be the one that this run's own checkpoint remembers."""
         task, known = self.position.task, self.position.teacher_id
@@ -450,6 +468,6 @@ class Trainer:
                 raise UserError(f"{self.run.teacher(task - 1)}: the teacher of another run (key run.name)")
 
     def _seed_dropout(self, task: int, step: int) -> None:
-        if self.config.model.dropout:
+        if self.config.model.dropout or (self.config.classifies and self.config.model.classifier_dropout):
             key = hash_keys([f"{task}/{self.world.rank}"])
             torch.manual_seed(int(derive(self.config.run.seed, "dropout", key, step)[0]))

@@ -26,7 +26,7 @@ from trainer.methods import Rehearsal, Weights, build_method
 from trainer.replay.memory import free_memory, is_out_of_memory
 from trainer.replay.state import read_json
 from trainer.run import RunDir
-from trainer.steps import count_parameters, fresh_model
+from trainer.steps import count_parameters, fresh_model, loads
 from trainer.units import Units
 from trainer.world import World
 
@@ -70,7 +70,7 @@ def circumstances(config: Config, world: World) -> dict[str, Any]:
 
 def rehearses(config: Config) -> bool:
     """Whether any task has replay points beside its images: not a run of one task, which may be given more later."""
-    return build_method(config.method).rehearsal is not Rehearsal.none and len(config.data.tasks) > 1
+    return build_method(config).rehearsal is not Rehearsal.none and len(config.data.tasks) > 1
 
 
 def find(
@@ -128,7 +128,7 @@ class Trial:
     def __init__(self, config: Config, world: World, build: Build) -> None:
         self._config, self._device, self._ranks = config, world.device, world.size
         self._dtype = DTYPES[config.train.precision]
-        self._method = build_method(config.method)
+        self._method = build_method(config)
         self._rehearses = rehearses(config)
         self._weights = Weights(share=0.5 if self._rehearses else 1.0)
         self._build = build
@@ -163,9 +163,8 @@ class Trial:
         model, _ = self._hold()
         parts = self._config.train.global_batch // self._ranks // images
         points = self._config.replay_batch // self._ranks // parts
-        rehearsed = self._examples(points) if self._rehearses else None
-        terms = self._method.loss(model, self._examples(images), rehearsed, self._weights)
-        terms["loss"].backward()
+        for current, rehearsed in loads(self._config, self._examples, images, points if self._rehearses else 0):
+            self._method.loss(model, current, rehearsed, self._weights)["loss"].backward()
 
     def _hold(self) -> tuple[nn.Module, Tensor]:
         """The model, and a block as large as what training keeps beside it."""

@@ -60,6 +60,12 @@ class Ema:
         self.averages = [master.detach().clone() for master in masters]
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Begin at the masters' present values."""
+        for average, master in zip(self.averages, self._masters, strict=True):
+            average.copy_(master)
+
+    @torch.no_grad()
     def update(self, skipped: Tensor) -> None:
         """Follow the masters; skipped: fp32 scalar on their device, 1 where the step changed nothing, else 0."""
         weight = (1 - self._decay) * (1 - skipped)

@@ -18,7 +18,7 @@ from trainer.replay.devices import choose_devices
 from trainer.replay.request import estimate, plan_request
 from trainer.run import RunDir
 from trainer.settings import check_world
-from trainer.steps import count_parameters, steps_per_task
+from trainer.steps import count_parameters, replay_steps, stages
 
 NO_REPLAY = {"points": 0, "trajectories": 0, "evaluations": 0, "bytes": 0, "disk_bytes": 0}
 
@@ -182,19 +182,19 @@ def plan_processes(config: Config, launched: int, gpus: int) -> list[ProcessPlan
 
 def plan_tasks(config: Config) -> list[TaskPlan]:
     """Steps and replay of each task; the first replays nothing. Raises ConfigError, naming the key."""
-    steps = steps_per_task(config)
     plans: list[TaskPlan] = []
     learnt: list[int] = []
     for task, classes in enumerate(config.data.tasks, 1):
         cost = dict(NO_REPLAY)
         if task > 1 and config.needs_teacher:
-            cost |= estimate(plan_request(config, task, learnt, steps))
+            cost |= estimate(plan_request(config, task, learnt, replay_steps(config)))
+        parts = stages(config, task)
         plans.append(
             TaskPlan(
                 task=task,
                 classes=list(classes),
-                images=steps * config.train.global_batch,
-                steps=steps,
+                images=sum(part.steps * config.train.global_batch for part in parts if part.real),
+                steps=parts[-1].end,
                 replay_points=cost["points"],
                 trajectories=cost["trajectories"],
                 teacher_evaluations=cost["evaluations"],

@@ -29,12 +29,12 @@ from trainer.replay.state import read_json, writer_lives
 from trainer.run import RunDir
 from trainer.scholar import asked_for
 from trainer.settings import as_plain, refused_changes, restore_config
-from trainer.steps import steps_per_task
+from trainer.steps import replay_steps
 
 LOCK_SECONDS = 10.0
 SWEPT = (
     *("*", "tasks/*/*", "report/*"),
-    *(f"tasks/*/{part}/*" for part in ("teacher", "checkpoints", "buffer", "fisher", "classifier")),
+    *(f"tasks/*/{part}/*" for part in ("teacher", "local", "checkpoints", "buffer", "fisher", "classifier")),
     *("tasks/*/replay/.progress.json.*", "tasks/*/replay/.request.json.*"),
 )
 
@@ -210,4 +210,4 @@ def check_requests(config: Config) -> None:
     """Raises ConfigError where a task's replay cannot be served as configured."""
     if config.needs_teacher:
         for task in range(2, len(config.data.tasks) + 1):
-            plan_request(config, task, config.classes_until(task - 1), steps_per_task(config))
+            plan_request(config, task, config.classes_until(task - 1), replay_steps(config))

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.allocator import keep_freed_memory
-from trainer.config import AUTO, Config, Placement
+from trainer.config import AUTO, Config, Placement, Points
 from trainer.data.batch import Examples
 from trainer.diffusion.schedules import make_schedule
 from trainer.engine import DTYPES, Engine
@@ -38,7 +39,7 @@ from trainer.replay.state import read_json
 from trainer.replay.trajectory import sample_trajectories
 from trainer.run import RunDir
 from trainer.settings import config_from_run
-from trainer.steps import fresh_model, micro_batches, steps_per_task
+from trainer.steps import fresh_model, loads, micro_batches, replay_steps
 from trainer.tracking.log import read_log
 from trainer.world import Role, World, join_world
 
@@ -115,7 +116,7 @@ def make_supply(config: Config, rates: Rates, trainers: int, teachers: int) -> S
 
 def _request(config: Config) -> ReplayRequest:
     """That of the second task; those of the others ask for other classes and cost the same."""
-    return plan_request(config, 2, config.classes_until(1), steps_per_task(config))
+    return plan_request(config, 2, config.classes_until(1), replay_steps(config))
 
 
 # --- of an earlier run ------------------------------------------------------------------------------------------
@@ -324,6 +325,8 @@ def _alone(config: Config, trainers: int) -> Iterator[World]:
 def _time_teacher(config: Config, device: torch.device) -> tuple[float, str]:
     """Evaluations a second, and what was timed."""
     request = _request(config)
+    if request.labelled:  # two teachers, each as fast as one
+        request = replace(request, points=Points.renoised.value, local_classes=[], outputs=0)
     most = config.replay_batch if config.replay.placement is Placement.inline else request.shard_trajectories
     count = min(request.sampler_batch, most)
     indices = np.arange(count, dtype=np.int64)
@@ -342,17 +345,19 @@ def _time_teacher(config: Config, device: torch.device) -> tuple[float, str]:
 def _time_trainer(config: Config, world: World) -> tuple[float, float, str]:
     """Seconds of a step with replay and of one without, and what was timed."""
     images, points = config.train.global_batch, config.replay_batch
-    method = build_method(config.method)
+    method = build_method(config)
     with _names_the_key("train.micro_batch"):
         if config.train.micro_batch == AUTO:
             config.train.micro_batch = images if world.device.type == "cpu" else largest_fitting(config, world)
         with closing(Engine(fresh_model(config), config, world)) as engine:
-            current, replayed = (_examples(config, count, engine.dtype, world.device) for count in (images, points))
+            make = partial(_examples, config, dtype=engine.dtype, device=world.device)
+            fed = loads(config, make, images, points)[-1], loads(config, make, images, 0)[0]
             taken: list[tuple[float, int]] = []
-            for rehearsed in (replayed, None):
+            for current, rehearsed in fed:
                 for _ in range(WARM_UPS):
                     _step(engine, method, current, rehearsed)
-                taken.append(_timed(lambda part=rehearsed: _step(engine, method, current, part), world.device))
+                work = partial(_step, engine, method, current, rehearsed)
+                taken.append(_timed(work, world.device))
     (with_replay, many), (without, others) = taken
     told = f"{many} steps of {images} real images with {points} replay points and {others} without on"
     return with_replay, without, f"{told} {device_name(world.device)}"
@@ -365,7 +370,7 @@ def _step(engine: Engine, method: Method, current: Examples, rehearsed: Examples
     engine.step()
 
 
-def _examples(config: Config, count: int, dtype: torch.dtype, device: torch.device) -> Examples:
+def _examples(config: Config, count: int, *, dtype: torch.dtype, device: torch.device) -> Examples:
     data = config.data
     shape = count, data.channels, data.image_size, data.image_size
     noise = torch.Generator().manual_seed(config.run.seed)

@@ -99,6 +99,10 @@ class RunDir:
         """The frozen model learnt up to and including `task`: model.safetensors and card.json."""
         return self.task(task) / "teacher"
 
+    def local_teacher(self, task: int) -> Path:
+        """The model of `task` alone that jdcl learns first; teacher of its classes in the global stage."""
+        return self.task(task) / "local"
+
     def pipeline(self, task: int) -> Path:
         """The same model as a diffusers pipeline."""
         return self.task(task) / "pipeline"

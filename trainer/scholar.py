@@ -47,6 +47,7 @@ from trainer.models.teacher import read_card
 from trainer.probe import Probe
 from trainer.run import RunDir
 from trainer.seeds import hash_key
+from trainer.steps import images_of_task
 from trainer.tracking.tracker import Tracker
 from trainer.world import World
 
@@ -76,7 +77,7 @@ class Scholar:
         """What takes long is done under `interrupting()`, which may raise Stopped."""
         self.config, self.run, self.world, self.tracker = config, run, world, tracker
         self._probe, self._interrupting = probe, interrupting
-        method = build_method(config.method)
+        method = build_method(config)
         self._rehearsal, self._all_tasks = method.rehearsal, method.all_tasks
         self._known: dict[int, dict[str, Any]] = {}  # cards that were found right, on the main rank
         self._digests: dict[tuple[str, int], str] = {}
@@ -235,7 +236,7 @@ class Scholar:
 
     def _tell(self, task: int, row: dict[str, Any]) -> None:
         accuracy = row["classifier_accuracy"]
-        numbers = {"classifier_accuracy": accuracy, "task": task, "seen": self.config.train.images_per_task}
+        numbers = {"classifier_accuracy": accuracy, "task": task, "seen": images_of_task(self.config, task)}
         self.tracker.log(numbers, event="classifier")
         self.tracker.note(f"after task {task}: the classifier learnt with it is right on {100 * accuracy:.1f} %")
 

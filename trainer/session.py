@@ -29,6 +29,7 @@ from trainer.replay.supervisor import Supervisor, supervise_until_finished
 from trainer.report.source import is_current
 from trainer.run import RunDir
 from trainer.settings import check_world
+from trainer.steps import images_of_task
 from trainer.stop import Stopped, StopRequest
 from trainer.tracking.table import print_result
 from trainer.tracking.tracker import Tracker, open_tracker
@@ -97,7 +98,8 @@ def work(config: Config, run: RunDir, world: World, began: float) -> int:
     stop = StopRequest(run.stop_wish if world.is_main else None)
     try:
         with ExitStack() as stack:
-            tracker = world.on_main(lambda: open_tracker(run, config, len(config.data.tasks))) or Tracker()
+            images = [images_of_task(config, task) for task in range(1, len(config.data.tasks) + 1)]
+            tracker = world.on_main(lambda: open_tracker(run, config, images)) or Tracker()
             stack.enter_context(tracker)
             attempt = world.on_main(lambda: next_attempt(run)) or 0
             for supervisor in world.on_main(lambda: supervisors(config, run, world, attempt)) or ():

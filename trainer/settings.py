@@ -25,6 +25,7 @@ from trainer.config import (
     Config,
     DataConfig,
     MethodName,
+    OnStarved,
     OwnPoints,
     PenaltyName,
     Placement,
@@ -187,7 +188,10 @@ def refused_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def check(config: Config) -> None:
     """Refuse impossible values and combinations that do not depend on the machine."""
-    for rule in (_check_numbers, _check_data, _check_guidance, _check_penalty, _check_replay, _check_train):
+    for rule in (
+        *(_check_numbers, _check_data, _check_guidance, _check_penalty, _check_classifier),
+        *(_check_replay, _check_train),
+    ):
         rule(config)
 
 
@@ -249,7 +253,8 @@ def _check_numbers(config: Config) -> None:
         "replay.devices_per_node replay.threads replay.timeout replay.pool_gb replay.reuse_cap replay.hang_timeout "
         "evaluation.samples evaluation.steps evaluation.batch evaluation.grid_per_class evaluation.classifier_epochs "
         "evaluation.timestep_bins evaluation.bpd_timesteps checkpoint.keep tracking.profile_start "
-        "method.fisher_images method.fisher_draws classifier.batch classifier.lr classifier.temperature"
+        "method.fisher_images method.fisher_draws classifier.batch classifier.lr classifier.temperature "
+        "jdcl.candidates"
     )
     natural = (
         "train.threads replay.points_per_trajectory replay.batch replay.restarts replay.pool_shards replay.eta "
@@ -258,7 +263,8 @@ def _check_numbers(config: Config) -> None:
         "method.rehearsal_coefficient checkpoint.every_images model.dropout tracking.wandb_samples "
         "method.penalty_weight method.min_snr method.buffer_per_class method.buffer_size model.max_classes "
         "train.peak_tflops tracking.profile_steps evaluation.loss_images evaluation.bpd_images "
-        "classifier.epochs classifier.replay_images"
+        "classifier.epochs classifier.replay_images jdcl.global_images jdcl.classification_weight jdcl.noise_weight "
+        "jdcl.label_weight jdcl.logit_weight jdcl.warmup_images"
     )
     values = dict(_flat(asdict(config)))
     for key, value in values.items():
@@ -330,6 +336,29 @@ def _check_penalty(config: Config) -> None:
         beside.value,
         f"method.name={config.method.name.value} is another penalty; take method.name=finetune with the one you want",
     )
+
+
+def _check_classifier(config: Config) -> None:
+    """What a classifier within the model goes with."""
+    name, kind = config.method.name, config.model.classifier
+    learns = name in (MethodName.jdcl, MethodName.finetune, MethodName.joint)
+    why = f"method.name={name.value} does not teach it; jdcl, finetune and joint do"
+    _require(learns or not config.classifies, "model.classifier", kind.value, why)
+    if not config.classifies:
+        why = "needs a classifier within the model: model.classifier=joint with model.conditional=false"
+        _require(name is not MethodName.jdcl, "method.name", name.value, why)
+        return
+    _require(not config.model.conditional, "model.classifier", kind.value, "needs model.conditional=false")
+    why = "holds only the weights of a model without model.classifier"
+    _require(config.penalty is PenaltyName.none, "method.penalty", config.penalty.value, why)
+    if name is not MethodName.jdcl:
+        return
+    jdcl, replay = config.jdcl, config.replay
+    _require(jdcl.candidates >= 1, "jdcl.candidates", jdcl.candidates, "must be at least 1")
+    why = "the teachers of jdcl sample beside the trainer; take subprocess, ranks or external"
+    _require(replay.placement is not Placement.inline, "replay.placement", replay.placement.value, why)
+    why = "the global stage of jdcl learns from replay alone; take wait or fail"
+    _require(replay.on_starved in (OnStarved.wait, OnStarved.fail), "replay.on_starved", replay.on_starved.value, why)
 
 
 def _check_replay(config: Config) -> None:

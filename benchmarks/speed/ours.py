@@ -73,8 +73,9 @@ class TimedTrainer(Trainer):
         self._left = 0.0  # when the step before ended
         mark_sections(self.engine, turns)
 
-    def step(self, task: int, step: int, batch: HostBatch, replay: ReplaySource | None) -> None:
+    def step(self, task: int, step: int, batch: HostBatch | None, replay: ReplaySource | None) -> None:
         if step == 0:
+            assert batch is not None, "the method learns from real images in every step"
             self.turns.facts["expected"] = expected_loss(self, batch)
             self.turns.start()
         else:

@@ -22,7 +22,7 @@ from trainer.position import checkpoints
 from trainer.preflight import prepare_data
 from trainer.run import RunDir
 from trainer.settings import load_config
-from trainer.steps import fresh_model
+from trainer.steps import fresh_model, steps_per_task
 from trainer.stop import Stopped
 from trainer.tracking.tracker import Tracker
 from trainer.world import World
@@ -96,7 +96,7 @@ def learn(
     judge: Any = NoJudge(read_card(Path(config.data.root)).classes)
     last = world.rank == world.size - 1
     stop: Any = SimpleNamespace(
-        wanted=lambda: last and (trainer.position.task - 1) * trainer.steps + trainer.position.step >= stop_at
+        wanted=lambda: last and (trainer.position.task - 1) * steps_per_task(config) + trainer.position.step >= stop_at
     )
     trainer = Trainer(config, run, world, Tracker(), judge, stop, time.monotonic())
     method: Any = Poisoned(trainer.method, lambda: last and trainer.position.step in poisoned)

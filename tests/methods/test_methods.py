@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from trainer.config import DiffusionConfig, MethodConfig, MethodName, Prediction
+from trainer.config import Config, DiffusionConfig, MethodConfig, MethodName, OwnClassifier, Prediction
 from trainer.data.batch import Examples
 from trainer.diffusion.schedules import make_schedule
 from trainer.methods import Rehearsal, Weights, build_method, task_weights
@@ -25,6 +25,13 @@ def examples(seed: int, count: int) -> Examples:
         target=torch.randn(shape, generator=generator),
         label=torch.randint(0, 10, (count,), generator=generator),
     )
+
+
+def config_of(name: MethodName, **settings: float) -> Config:
+    config = Config(method=MethodConfig(name, **settings))
+    if name is MethodName.jdcl:
+        config.model.classifier, config.model.conditional = OwnClassifier.joint, False
+    return config
 
 
 def predict(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
@@ -58,14 +65,14 @@ a, b = reference(CURRENT), reference(REPLAY)
     ],
 )
 def test_loss_is_the_equation(name: str, task: int, expected: float) -> None:
-    method = build_method(MethodConfig(MethodName(name), distillation_weight=0.7, rehearsal_coefficient=0.3))
+    method = build_method(config_of(MethodName(name), distillation_weight=0.7, rehearsal_coefficient=0.3))
     terms = method.loss(predict, CURRENT, REPLAY, Weights(1 / task))
     assert terms["loss"].item() == pytest.approx(expected, rel=1e-5)
     assert terms["current"].item() == pytest.approx(a, rel=1e-5)
 
 
 def test_step_without_replay_keeps_its_share() -> None:
-    method = build_method(MethodConfig(MethodName.generative_distillation))
+    method = build_method(config_of(MethodName.generative_distillation))
     assert method.loss(predict, CURRENT, None, Weights(1 / 4))["loss"].item() == pytest.approx(a / 4, rel=1e-5)
 
 
@@ -93,7 +100,7 @@ def test_min_snr_weights_are_those_of_diffusers(prediction: Prediction) -> None:
 
 def test_weighted_timesteps_in_the_loss() -> None:
     weights = Weights(1 / 4, torch.linspace(2.0, 0.5, 1000))
-    method = build_method(MethodConfig(MethodName.generative_distillation, distillation_weight=0.7))
+    method = build_method(config_of(MethodName.generative_distillation, distillation_weight=0.7))
     terms = method.loss(predict, CURRENT, REPLAY, weights)
     expected = 0.0
     for batch, factor in ((CURRENT, 1 / 4), (REPLAY, 3 / 4 * 0.7)):
@@ -110,7 +117,7 @@ def one(batch: Examples, row: int) -> Examples:
 
 def test_gradient_reaches_only_the_student() -> None:
     weight = torch.ones(1, requires_grad=True)
-    method = build_method(MethodConfig(MethodName.generative_distillation))
+    method = build_method(config_of(MethodName.generative_distillation))
     terms = method.loss(lambda x, t, label: weight * x, CURRENT, REPLAY, Weights(1 / 2))
     terms["loss"].backward()
     x, y = CURRENT.x.double(), REPLAY.x.double()
@@ -120,11 +127,11 @@ def test_gradient_reaches_only_the_student() -> None:
 
 
 def test_what_each_method_is_fed() -> None:
-    fed = {name: build_method(MethodConfig(name)) for name in MethodName}
+    fed = {name: build_method(config_of(name)) for name in MethodName}
     assert fed[MethodName.generative_distillation].rehearsal is Rehearsal.teacher
     assert fed[MethodName.generative_replay].rehearsal is Rehearsal.noise
     assert fed[MethodName.experience_replay].rehearsal is Rehearsal.buffer
-    for name in ("lwf", "gaussian_distillation", "partial_generation"):
+    for name in ("lwf", "gaussian_distillation", "partial_generation", "jdcl"):
         assert fed[MethodName(name)].rehearsal is Rehearsal.teacher
     for name in ("l2", "ewc", "rank1_ewc"):
         assert fed[MethodName(name)].rehearsal is Rehearsal.none

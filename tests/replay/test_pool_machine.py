@@ -33,6 +33,7 @@ from trainer.data import shards
 from trainer.replay import manifest as manifest_module
 from trainer.replay import pool_source, reader
 from trainer.replay.decode import shard_name
+from trainer.replay.drawn import Made
 from trainer.replay.draws import draws
 from trainer.replay.request import ReplayRequest, plan_request, write_request
 from trainer.replay.sidecar import Sampler
@@ -51,13 +52,10 @@ class Crash(BaseException):
 class TableSampler(Sampler):
     """A sampler whose teacher is a table: trajectory i always has the same numbers."""
 
-    def _open_teacher(self, request: ReplayRequest) -> Any:
-        return None, None
-
-    def _sample(self, model: Any, schedule: Any, request: ReplayRequest, shard: int) -> Any:
+    def _maker(self, request: ReplayRequest, shard: int) -> Any:
         first = shard * request.shard_trajectories
         indices = np.arange(first, first + request.shard_trajectories, dtype=np.int64)
-        return [table(request, indices)], request.sampler_batch
+        return lambda micro_batch: Made([table(request, indices)]), []
 
 
 def table(request: ReplayRequest, indices: np.ndarray[Any, Any]) -> TrajectoryBatch:

@@ -103,7 +103,7 @@ def test_what_shapes_the_points_makes_another_pool(workplace: Any) -> None:
         ({"points": "trajectory", "points_per_trajectory": 4}, "points_per_trajectory=4"),
         ({"points": "both", "points_per_trajectory": 7}, "points_per_trajectory=7"),
         ({"points": "both", "targets": "noise"}, "targets=noise"),
-        ({"schema": 4}, "schema 5"),
+        ({"schema": 5}, "schema 6"),
     ],
 )
 def test_an_impossible_request_is_named(workplace: Any, changes: dict[str, Any], named: str) -> None:

@@ -233,6 +233,6 @@ def test_retirement_deletes_or_keeps_and_is_accounted_for(make_workplace: Callab
     config = workplace.config
     config.data.tasks = [[0, 1], [2, 3], [4, 5]]
     one = estimate(plan_request(config, 3, [0, 1, 2, 3], 20))["disk_bytes"]
-    assert pools_disk_bytes(config, 20) == one > 0
+    assert pools_disk_bytes(config) == one > 0
     config.replay.retirement = Retirement.keep
-    assert pools_disk_bytes(config, 20) == 2 * one
+    assert pools_disk_bytes(config) == 2 * one

@@ -18,7 +18,7 @@ class Clock:
 
 
 def run(console: Console, clock: Clock, updates: int = 10) -> TrainingProgress:
-    progress = TrainingProgress(3, 1000, console=console, plain_every=10.0, clock=clock)
+    progress = TrainingProgress([1000] * 3, console=console, plain_every=10.0, clock=clock)
     progress.start_task(2)
     for step in range(1, updates + 1):
         clock.now += 5.0
@@ -49,7 +49,7 @@ def test_plain_lines_every_few_seconds_without_control_codes() -> None:
 
 def test_memory_share_and_waits_have_places_of_their_own() -> None:
     out, clock = io.StringIO(), Clock()
-    progress = TrainingProgress(1, 1000, console=Console(file=out, force_terminal=False), plain_every=0.0, clock=clock)
+    progress = TrainingProgress([1000], console=Console(file=out, force_terminal=False), plain_every=0.0, clock=clock)
     progress.start_task(1)
     clock.now += 1
     measures = {"model_tflops": 402.0, "replay_wait_seconds": 0.0, "peak_memory_gb": 31.25, "mfu": 0.407}
@@ -63,7 +63,7 @@ def test_memory_share_and_waits_have_places_of_their_own() -> None:
 
 def test_rate_counts_training_alone_and_survives_a_resume() -> None:
     out, clock = io.StringIO(), Clock()
-    progress = TrainingProgress(1, 1000, console=Console(file=out, force_terminal=False), plain_every=0.0, clock=clock)
+    progress = TrainingProgress([1000], console=Console(file=out, force_terminal=False), plain_every=0.0, clock=clock)
     progress.start_task(1, seen=500)
     clock.now += 10
     progress.update(600, {})
@@ -95,7 +95,7 @@ def test_terminal_shows_two_lines_and_leaves_none() -> None:
 
 def test_no_images_no_division_by_zero() -> None:
     out = io.StringIO()
-    progress = TrainingProgress(1, 0, console=Console(file=out, force_terminal=False))
+    progress = TrainingProgress([0], console=Console(file=out, force_terminal=False))
     progress.start_task(1)
     progress.update(0, {})
     assert "0/0 images (100 %)" in out.getvalue() and "-- images/s" in out.getvalue()

@@ -27,7 +27,7 @@ def config(wandb: Wandb = Wandb.off, progress: bool = False) -> Config:
 
 def test_log_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(tmp_path)
-    with open_tracker(run, config(progress=True), tasks=2) as tracker:
+    with open_tracker(run, config(progress=True), [100, 100]) as tracker:
         tracker.start_task(1)
         tracker.log({"task": 1, "seen": 64, "loss": 0.5})
         tracker.log({"task": 1, "seen": 100, "fd": 3.0, "accuracy": None}, event="evaluation")
@@ -53,7 +53,7 @@ def test_wandb_is_not_imported_while_it_is_off(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from trainer.config import Config; from trainer.run import RunDir\n"
         "from trainer.tracking.tracker import open_tracker\n"
-        f"open_tracker(RunDir(Path({str(tmp_path)!r})), Config(), 1).finish()\n"
+        f"open_tracker(RunDir(Path({str(tmp_path)!r})), Config(), [1]).finish()\n"
         "assert 'wandb' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).parents[2])
@@ -75,7 +75,7 @@ def test_offline_wandb_goes_on_under_the_same_id(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
     singles = np.repeat(np.arange(3, dtype=np.uint8), 64).reshape(3, 1, 8, 8)
     for attempt in range(2):
-        with open_tracker(run, made, tasks=1) as tracker:
+        with open_tracker(run, made, [100]) as tracker:
             tracker.log({"task": 1, "seen": 50 + attempt, "loss": 0.5})
             tracker.image("samples", tmp_path / "grid.png")
             tracker.samples("singles", singles, ["0", "1", "2"])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from trainer.config import Config, MethodConfig, MethodName, PenaltyName, Share
+from trainer.config import Config, MethodName, PenaltyName, Share
 from trainer.diffusion.schedules import NoiseSchedule
 from trainer.methods.base import Method, Rehearsal, Terms, Weights, min_snr_weights
+from trainer.methods.classifying import Classifying
 from trainer.methods.ewc import Ewc
 from trainer.methods.experience_replay import ExperienceReplay
 from trainer.methods.finetune import Finetune
 from trainer.methods.gaussian_distillation import GaussianDistillation
 from trainer.methods.generative_distillation import GenerativeDistillation
 from trainer.methods.generative_replay import GenerativeReplay
+from trainer.methods.jdcl import Jdcl
 from trainer.methods.joint import Joint
 from trainer.methods.l2 import L2
 from trainer.methods.lwf import Lwf
@@ -34,12 +36,17 @@ __all__ = [
 ]
 
 
-def build_method(config: MethodConfig) -> Method:
+def build_method(config: Config) -> Method:
     """The method a configuration names; those that are penalties finetune (see `build_penalty`)."""
-    if config.name is MethodName.joint:
-        return Joint()
-    if config.name is MethodName.experience_replay:
-        return ExperienceReplay(config.rehearsal_coefficient)
+    method, jdcl = config.method, config.jdcl
+    classifying = build_classifying(config)
+    if method.name is MethodName.jdcl:
+        assert classifying is not None, "checked with the configuration"
+        return Jdcl(classifying, jdcl.noise_weight, jdcl.label_weight, jdcl.logit_weight, jdcl.distil)
+    if method.name is MethodName.joint:
+        return Joint(classifying)
+    if method.name is MethodName.experience_replay:
+        return ExperienceReplay(method.rehearsal_coefficient)
     taught: dict[MethodName, Callable[[float], Method]] = {
         MethodName.generative_replay: GenerativeReplay,
         MethodName.generative_distillation: GenerativeDistillation,
@@ -47,7 +54,14 @@ def build_method(config: MethodConfig) -> Method:
         MethodName.gaussian_distillation: GaussianDistillation,
         MethodName.partial_generation: PartialGeneration,
     }
-    return taught[config.name](config.distillation_weight) if config.name in taught else Finetune()
+    return taught[method.name](method.distillation_weight) if method.name in taught else Finetune(classifying)
+
+
+def build_classifying(config: Config) -> Classifying | None:
+    """What a classifier within the model weighs; None without one."""
+    if not config.classifies:
+        return None
+    return Classifying(config.jdcl.classification_weight)
 
 
 def build_penalty(config: Config) -> Penalty | None:

@@ -33,11 +33,13 @@ class Weights:
     """How much each example of a task counts.
 
     `share`: of the current task, in (0, 1]; 1: nothing was learnt before. `by_timestep`: fp32 (T,), on the device of
-    the examples; None: all timesteps count the same.
+    the examples; None: all timesteps count the same. `classifying`: factor of what a classifier within the model learns
+    from teachers.
     """
 
     share: float = 1.0
     by_timestep: Tensor | None = None
+    classifying: float = 1.0
 
     def of(self, *parts: tuple[Examples, float]) -> list[float] | Tensor:
         """What `weighted_squared_error` takes for parts that weigh as much each: per part, or fp32 (B,) per example."""

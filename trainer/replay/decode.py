@@ -39,6 +39,7 @@ class DecodedShard:
     end: Float16 | None
     states: Float16 | None
     targets: Float16 | None
+    logits: Float16 | None = None
 
 
 def shard_name(shard: int) -> str:
@@ -65,6 +66,8 @@ def decode(request: ReplayRequest, shard: int, data: bytes) -> DecodedShard:
         shapes["states.npy"] = (request.path_points, *image)
     if request.teacher_targets:
         shapes["targets.npy"] = (request.points_per_trajectory, *image)
+    if request.outputs:
+        shapes["logits.npy"] = (request.outputs,)
     first = shard * request.shard_trajectories
     records: list[dict[str, Any]] = []
     starts: dict[str, list[int]] = {name: [] for name in shapes}  # of the numbers in the tar
@@ -88,6 +91,7 @@ def decode(request: ReplayRequest, shard: int, data: bytes) -> DecodedShard:
         end=stacked.get("end.npy"),
         states=stacked.get("states.npy"),
         targets=stacked.get("targets.npy"),
+        logits=stacked.get("logits.npy"),
     )
 
 
@@ -114,7 +118,7 @@ def _record(data: bytes, trajectory: int, request: ReplayRequest) -> dict[str, A
         raise Corrupt(f"trajectory {trajectory}: a seed is not a 64-bit number")
     if not all(0 <= t < request.timesteps for t in record["timesteps"]):
         raise Corrupt(f"trajectory {trajectory}: a timestep lies outside the schedule")
-    if record["label"] not in (request.classes if request.conditional else [-1]):
+    if record["label"] not in (request.known_classes or [-1]):
         raise Corrupt(f"trajectory {trajectory}: label {record['label']} is no class of the teacher's")
     if record.get("trajectory") != trajectory or len(record["seeds"]) != request.points_per_trajectory:
         raise Corrupt(f"trajectory {trajectory}: holds another's record")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -40,28 +40,36 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class Made:
+    """The trajectories of a shard. Of a labelled pool, `rejected` images were sampled in vain, and `lacking` counts by
+    class the trajectories that something else had to fill."""
+
+    batches: Sequence[TrajectoryBatch]
+    rejected: int = 0
+    lacking: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Drawn:
     """A shard that was asked of the device: its tensors are in host memory once `clock.wait()` returns."""
 
     request: ReplayRequest
     shard: int
-    batches: Sequence[TrajectoryBatch]
+    made: Made
     micro_batch: int
     clock: Clock
 
 
-def draw(
-    request: ReplayRequest, shard: int, batches: Sequence[TrajectoryBatch], micro_batch: int, clock: Clock
-) -> Drawn:
+def draw(request: ReplayRequest, shard: int, made: Made, micro_batch: int, clock: Clock) -> Drawn:
     """Start the copies to the host; nothing waits for the device."""
-    copied = [to_host(batch) for batch in batches]
+    copied = [to_host(batch) for batch in made.batches]
     clock.stop()
-    return Drawn(request, shard, copied, micro_batch, clock)
+    return Drawn(request, shard, replace(made, batches=copied), micro_batch, clock)
 
 
 def to_host(batch: TrajectoryBatch) -> TrajectoryBatch:
     """The batch in page-locked host memory, where the device will have copied it when its work so far is done."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    values = {part.name: getattr(batch, part.name) for part in fields(batch)}
     return replace(batch, **{name: _to_host(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 

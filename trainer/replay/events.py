@@ -25,6 +25,7 @@ class Event(str, Enum):
     sampler_given_up = "sampler_given_up"
     out_of_memory = "out_of_memory"  # the sampler's micro-batch was halved
     disk_full = "disk_full"  # the sampler had to wait for room
+    missing_class = "missing_class"  # a teacher of jdcl makes too few images of a class
     damaged_checkpoint = "damaged_checkpoint"  # not loaded: an older one was
 
 

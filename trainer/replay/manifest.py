@@ -11,7 +11,8 @@ import json
 import os
 import secrets
 import zlib
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class ShardLine:
 
     `id` is another for each publication, also of the same shard. `sampler` is what was asked for, `micro_batch` how
     many trajectories were really sampled at once: made again with it, a shard has the same bytes. `evaluations` and
-    `seconds` are what it cost to make.
+    `seconds` are what it cost to make. Of a labelled pool, `rejected` images were sampled and not used, and `lacking`
+    counts by class the trajectories for which something else had to stand in.
     """
 
     id: str
@@ -47,6 +49,8 @@ class ShardLine:
     evaluations: int
     seconds: float
     worker: int
+    rejected: int = 0
+    lacking: dict[str, int] = field(default_factory=dict[str, int])
     schema: int = MANIFEST_SCHEMA
 
 
@@ -54,8 +58,8 @@ class Manifest:
     """A view of the journal that `refresh` brings up to date, reading only what was added.
 
     `shards` are those published and not taken back; `micro_batches` how each shard was sampled last, also one that is
-    gone; `newest` the micro-batch in the last line of each worker. `evaluations` counts those of all publications,
-    `redone` and `retired` what was taken back.
+    gone; `newest` the micro-batch in the last line of each worker. `evaluations`, `rejected` and `lacking` are sums
+    over all publications, `redone` and `retired` count what was taken back.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -111,7 +115,8 @@ class Manifest:
         self.shards: dict[int, ShardLine] = {}
         self.micro_batches: dict[int, int] = {}
         self.newest: dict[int, int] = {}
-        self.evaluations = self.redone = self.retired = 0
+        self.evaluations = self.rejected = self.redone = self.retired = 0
+        self.lacking = Counter[str]()
         self._offset, self._last = 0, b""
         self._file: tuple[int, int] | None = None
 
@@ -132,6 +137,8 @@ class Manifest:
             self.shards[entry.shard] = entry
             self.micro_batches[entry.shard] = self.newest[entry.worker] = entry.micro_batch
             self.evaluations += entry.evaluations
+            self.rejected += entry.rejected
+            self.lacking.update(entry.lacking)
 
     def _apply_event(self, content: dict[str, Any]) -> None:
         shard = content.get("shard")
@@ -186,12 +193,14 @@ def _entry(content: dict[str, Any]) -> ShardLine | None:
         entry = ShardLine(**content)
     except TypeError:
         return None
-    for field in fields(ShardLine):
-        value = getattr(entry, field.name)
-        if type(value).__name__ != str(field.type).partition("[")[0]:
+    for part in fields(ShardLine):
+        value = getattr(entry, part.name)
+        if type(value).__name__ != str(part.type).partition("[")[0]:
             return None
         if isinstance(value, int) and value < 0:
             return None
+    if not all(label.isdecimal() and type(count) is int and count > 0 for label, count in entry.lacking.items()):
+        return None
     return entry if entry.id and entry.name == shard_name(entry.shard) and entry.micro_batch else None
 
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data.batch import Examples
+from trainer.data.batch import Examples, JointExamples
 from trainer.diffusion.schedules import NoiseSchedule
 from trainer.kernels.philox import normal
 from trainer.replay.decode import DecodedShard, Float16
@@ -22,7 +22,7 @@ Int64 = NDArray[np.int64]
 @dataclass(frozen=True)
 class StoredPoints:
     """n replay points as stored: images (n, C, H, W) fp16 end points or states, or None where the point is the noise of
-    its seed; targets fp16 or None for the noise;
+    its seed; targets fp16 or None for the noise; logits (n, K) fp16 of the images of a labelled pool;
     t, seeds and label (n,) int64; on_path (n,) bool, which images are states, or None where all are of one kind."""
 
     images: Tensor | None
@@ -31,6 +31,7 @@ class StoredPoints:
     seeds: Tensor
     label: Tensor
     on_path: Tensor | None
+    logits: Tensor | None = None
 
     def to(self, device: torch.device) -> StoredPoints:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -50,6 +51,7 @@ def gather(
     pixels = torch.empty((sum(arrays), count, *request.image_shape), dtype=torch.float16, pin_memory=pin)
     images, targets = (pixels[sum(arrays[:kind])] if there else None for kind, there in enumerate(arrays))
     on_path = torch.empty(count, dtype=torch.bool, pin_memory=pin) if _mixed(request) else None
+    logits = torch.empty((count, request.outputs), dtype=torch.float16, pin_memory=pin) if request.labelled else None
     label, t, seeds = numbers.numpy()
     for places, shard, trajectories, points in parts:
         label[places] = shard.label[trajectories]
@@ -61,6 +63,8 @@ def gather(
             on_path.numpy()[places] = points < request.path_points
         if targets is not None and shard.targets is not None:
             targets.numpy()[places] = shard.targets[trajectories, points]
+        if logits is not None and shard.logits is not None:
+            logits.numpy()[places] = shard.logits[trajectories]
     return StoredPoints(
         images,
         targets,
@@ -68,6 +72,7 @@ def gather(
         seeds=numbers[2],
         label=numbers[0],
         on_path=on_path,
+        logits=logits,
     )
 
 
@@ -99,7 +104,10 @@ def first_points(batch: TrajectoryBatch) -> StoredPoints:
 def to_examples(
     request: ReplayRequest, points: StoredPoints, schedule: NoiseSchedule, device: torch.device, dtype: torch.dtype
 ) -> Examples:
-    """Training pairs: x_t as stored, or rebuilt from end point and seed; the target as stored, or the noise (or v)."""
+    """Training pairs: x_t as stored, or rebuilt from end point and seed; the target as stored, or the noise (or v).
+
+    Of a labelled pool they are JointExamples: the end points are what the classifier sees, and the noise is there, too.
+    """
     points = points.to(device)
     images, noise = points.images, None
     if images is None:
@@ -112,4 +120,8 @@ def to_examples(
         x = images.to(dtype)
     target = noise if points.targets is None else points.targets.to(dtype)
     assert target is not None
-    return Examples(x, points.t, target, points.label)
+    if points.logits is None:
+        return Examples(x, points.t, target, points.label)
+    assert images is not None and noise is not None
+    known = torch.ones_like(points.label, dtype=torch.bool)
+    return JointExamples(x, points.t, target, points.label, images.to(dtype), known, noise=noise, logits=points.logits)

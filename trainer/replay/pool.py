@@ -1,13 +1,14 @@
 """The replay pool: shards of trajectories, published whole and checked before use.
 
 One tar per shard, readable as any WebDataset: for each trajectory `<key>.json` (label, start seed, and of each point
-its timestep and noise seed) with `<key>.end.npy`, `<key>.states.npy` or both, and `<key>.targets.npy`, in fp16.
+its timestep and noise seed) with `<key>.end.npy`, `<key>.states.npy` or both, `<key>.targets.npy` and, of a labelled
+pool, `<key>.logits.npy`, in fp16.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ def encode(request: ReplayRequest, shard: int, batches: Sequence[TrajectoryBatch
     samples: list[Sample] = []
     for batch in batches:
         parts = {"end.npy": batch.end, "states.npy": batch.states, "targets.npy": batch.targets}
+        parts["logits.npy"] = batch.logits
         arrays = {name: tensor.cpu().numpy() for name, tensor in parts.items() if tensor is not None}
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise UserError(f"{request.teacher}: the teacher's samples of shard {shard} hold NaN or infinite numbers")
@@ -56,6 +58,8 @@ def publish(
     evaluations: int,
     seconds: float,
     worker: int,
+    rejected: int = 0,
+    lacking: Mapping[int, int] | None = None,
 ) -> ShardLine:
     """Put a shard into the pool: the file first, whole or not at all, then its line.
 
@@ -79,6 +83,8 @@ def publish(
         evaluations=evaluations,
         seconds=round(seconds, 3),
         worker=worker,
+        rejected=rejected,
+        lacking={str(label): count for label, count in (lacking or {}).items()},
     )
     manifest.publish(line)
     return line

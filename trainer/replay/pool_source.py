@@ -172,6 +172,8 @@ class PoolSource:
         return {
             **counts,
             "teacher_evaluations": manifest.evaluations,
+            "rejected_images": manifest.rejected,
+            "lacking": dict(manifest.lacking),
             "pool_ready": sum(shard >= here for shard in manifest.shards),
             "pool_needed": max(0, self.request.shards - here),
             "pool_bytes": sum(line.bytes for line in manifest.shards.values()),

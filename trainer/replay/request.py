@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import (
     Config,
     MethodName,
+    Missing,
     OnStarved,
     OwnPoints,
     Placement,
@@ -28,16 +29,16 @@ from trainer.config import (
 from trainer.data.shards import IMAGE_LIMIT, read_regular, write_atomic
 from trainer.errors import ConfigError, UserError, one_line
 from trainer.run import RunDir
-from trainer.steps import checkpoint_interval
+from trainer.steps import checkpoint_interval, replay_steps
 
 if TYPE_CHECKING:
     from trainer.models.teacher import TeacherCard
 
-REQUEST_SCHEMA = 5
+REQUEST_SCHEMA = 6
 _BLOCK, _RECORD, _NPY_HEADER = 512, 10240, 128  # of tar and npy files
 # What may change between attempts without making another pool.
 _FREE_FIELDS = (
-    *("teacher", "positions", "step_positions", "shards", "reuse"),
+    *("teacher", "local_teacher", "positions", "step_positions", "shards", "reuse"),
     *("pool_bytes", "pool_shards", "low_watermark"),
 )
 REQUEST_LIMIT = 1 << 26  # bytes of request.json
@@ -52,8 +53,8 @@ class ReplayRequest:
 
     `classes` are the global ids of all classes the teacher knows, in their fixed order. `points` is "renoised" (an end
     point x_0 and fresh noise), "trajectory" (states on the sampling path), "both" (of a trajectory's points the first
-    half, rounded up, lie on its path, the others are re-noised) or "noise" (nothing but noise: no path is sampled);
-    `targets` is "teacher" (its prediction) or "noise".
+    half, rounded up, lie on its path, the others are re-noised), "noise" (nothing but noise: no path is sampled) or
+    "labelled" (re-noised, see below); `targets` is "teacher" (its prediction) or "noise".
     The R re-noised points of a trajectory have independent timesteps, or one in each R-th part of the schedule
     (`stratified`). `positions` replay points are used over the whole task, `step_positions` in each step, from `shards`
     shards, each stored point `reuse` times. A shard holds `shard_trajectories` trajectories of `points_per_trajectory`
@@ -61,6 +62,10 @@ class ReplayRequest:
     predictions for `null_label` (-1: not guided). No more than `pool_bytes` of shards lie on disk at once;
     a pool is full with `pool_shards` unused ones (0: as many as there is room for), and filled again once no more than
     the share `low_watermark` of them is left.
+
+    A "labelled" pool has two teachers: beside that of the classes before, `local_teacher` of the `local_classes` that
+    are learnt now. Their classifiers, of `outputs` outputs, tell the class of what they sample; every class has as many
+    trajectories, of at most `candidates` times as many sampled images, and `missing` says what stands in for the rest.
     """
 
     task: int
@@ -94,18 +99,35 @@ class ReplayRequest:
     pool_bytes: int
     pool_shards: int
     low_watermark: float
+    local_teacher: str = ""  # directory, relative to the run directory
+    local_teacher_id: str = ""
+    local_classes: list[int] = field(default_factory=list)
+    outputs: int = 0
+    candidates: float = 1.0
+    missing: str = Missing.repeat.value
     schema: int = REQUEST_SCHEMA
+
+    @property
+    def labelled(self) -> bool:
+        """Whether two teachers label their own images."""
+        return self.points == OwnPoints.labelled.value
 
     @property
     def sampled(self) -> bool:
         """Whether trajectories are sampled; else they are groups of points with a label in common, which the teacher
         is asked about directly."""
-        return self.points in [points.value for points in Points]
+        return self.labelled or self.points in [points.value for points in Points]
+
+    @property
+    def known_classes(self) -> list[int]:
+        """Labels of the trajectories, of all teachers; none where they have no labels."""
+        return [*self.classes, *self.local_classes] if self.conditional or self.labelled else []
 
     @property
     def path_points(self) -> int:
         """Points of a trajectory that lie on its path; they are the first, the others are re-noised."""
-        return Points(self.points).on_path(self.points_per_trajectory) if self.sampled else 0
+        pathless = self.labelled or not self.sampled
+        return 0 if pathless else Points(self.points).on_path(self.points_per_trajectory)
 
     @property
     def renoised_points(self) -> int:
@@ -131,12 +153,12 @@ class ReplayRequest:
 
     @property
     def evaluations_per_trajectory(self) -> int:
-        """Network evaluations per image: the sampler's, two in each guided step, and one for each teacher target at a
-        point that does not lie on the path."""
+        """Network evaluations per image: the sampler's, two in each guided step, one to tell a class, and one for each
+        teacher target at a point that does not lie on the path. Of a labelled pool as if every image were kept."""
         if not self.sampled:
             return self.points_per_trajectory
         relabelled = self.renoised_points if self.teacher_targets else 0
-        return self.steps * (1 if self.guidance == 1.0 else 2) + relabelled
+        return self.steps * (1 if self.guidance == 1.0 else 2) + self.labelled + relabelled
 
     @property
     def shard_bytes(self) -> int:
@@ -145,6 +167,7 @@ class ReplayRequest:
         arrays = [image] if self.renoised_points else []
         arrays += [self.path_points * image] if self.path_points else []
         arrays += [self.points_per_trajectory * image] if self.teacher_targets else []
+        arrays += [2 * self.outputs] if self.outputs else []
         longest = {
             "schema": REQUEST_SCHEMA,
             "trajectory": 2**63,
@@ -176,37 +199,52 @@ class ReplayRequest:
 
 
 def make_request(
-    config: Config, run: RunDir, task: int, classes: Sequence[int], card: TeacherCard, steps_per_task: int
+    config: Config,
+    run: RunDir,
+    task: int,
+    classes: Sequence[int],
+    card: TeacherCard,
+    steps: int,
+    local: TeacherCard | None = None,
 ) -> ReplayRequest:
     """The request for learning `task` from the teacher of `task - 1`, checked.
 
     Args:
         classes: global ids of the classes learnt before `task`.
         card: of the teacher in `run.teacher(task - 1)`.
+        steps: that learn from replay.
+        local: of the teacher in `run.local_teacher(task)`, where the pool is labelled.
 
     Raises:
         UserError: a teacher of something else, or settings that cannot be served, naming the file or key.
     """
-    directory = run.teacher(task - 1)
+    _check_card(config, run.teacher(task - 1), card, task - 1, classes)
+    request = plan_request(config, task, classes, steps, teacher_id=card.teacher_id)
+    if local is None:
+        return request
+    _check_card(config, run.local_teacher(task), local, task, config.data.tasks[task - 1])
+    return replace(request, local_teacher_id=local.teacher_id)
+
+
+def _check_card(config: Config, directory: Path, card: TeacherCard, task: int, classes: Sequence[int]) -> None:
+    """Raises UserError for the card of another teacher."""
     for name, found, wanted in (
-        ("task", card.task, task - 1),
+        ("task", card.task, task),
         ("classes", sorted(card.classes), sorted(classes)),
         ("image_size", card.image_size, config.data.image_size),
         ("channels", card.channels, config.data.channels),
     ):
         if found != wanted:
             raise UserError(f"{directory / 'card.json'}: {name} is {found}, this run needs {wanted}: another teacher")
-    return plan_request(config, task, classes, steps_per_task, teacher_id=card.teacher_id)
 
 
-def plan_request(
-    config: Config, task: int, classes: Sequence[int], steps_per_task: int, teacher_id: str = ""
-) -> ReplayRequest:
+def plan_request(config: Config, task: int, classes: Sequence[int], steps: int, teacher_id: str = "") -> ReplayRequest:
     """The same before there is a teacher, for `estimate`. Raises ConfigError, naming the key."""
+    labelled = config.points is OwnPoints.labelled
     replay = config.replay
     inline = replay.placement is Placement.inline
     points = config.points_per_trajectory
-    positions = steps_per_task * config.replay_batch
+    positions = steps * config.replay_batch
     uses = replay.shard_trajectories * points * replay.reuse
     request = ReplayRequest(
         task=task,
@@ -240,10 +278,15 @@ def plan_request(
         pool_bytes=int(replay.pool_gb * 1e9),
         pool_shards=replay.pool_shards,
         low_watermark=float(replay.low_watermark),
+        local_teacher=str(RunDir(Path()).local_teacher(task)) if labelled else "",
+        local_classes=list(config.data.tasks[task - 1]) if labelled else [],
+        outputs=config.max_classes if labelled else 0,
+        candidates=float(config.jdcl.candidates) if labelled else 1.0,
+        missing=config.jdcl.missing.value,
     )
     _check(request, config)
     if not inline:
-        _check_pool(request, config, steps_per_task)
+        _check_pool(request, config, steps)
     return request
 
 
@@ -263,13 +306,13 @@ def estimate(request: ReplayRequest) -> dict[str, int]:
     }
 
 
-def pools_disk_bytes(config: Config, steps_per_task: int) -> int:
+def pools_disk_bytes(config: Config) -> int:
     """Bytes of all the replay pools that a run may have on disk at once: one, or with `replay.retirement=keep` each
     task's. Raises ConfigError, naming the key."""
     if not config.needs_teacher or config.replay.placement is Placement.inline:
         return 0
     sizes = [
-        estimate(plan_request(config, task, config.classes_until(task - 1), steps_per_task))["disk_bytes"]
+        estimate(plan_request(config, task, config.classes_until(task - 1), replay_steps(config)))["disk_bytes"]
         for task in range(2, len(config.data.tasks) + 1)
     ]
     return sum(sizes) if config.replay.retirement is Retirement.keep else max(sizes, default=0)
@@ -303,7 +346,7 @@ def read_request(path: Path) -> ReplayRequest:
         raise UserError(
             f"{path}: not a replay request of schema {REQUEST_SCHEMA}; remove {path.parent} to make it anew"
         )
-    names = {field.name: str(field.type) for field in fields(ReplayRequest)}
+    names = {entry.name: str(entry.type) for entry in fields(ReplayRequest)}
     for name, kind in names.items():
         if name not in content or type(content[name]).__name__ != kind.partition("[")[0]:
             raise UserError(f"{path}: {name} is missing or not of type {kind}")
@@ -333,14 +376,23 @@ def _possible(request: ReplayRequest) -> Iterator[tuple[str, bool]]:
     yield "null_label", -1 <= request.null_label < 1 << 31 and (request.null_label >= 0 or request.guidance == 1)
     yield "low_watermark", 0 <= request.low_watermark <= 1
     yield "points", request.sampled or request.points == OwnPoints.noise.value
+    yield "local_classes", bool(request.local_classes) == request.labelled
+    yield "outputs", request.labelled == (request.outputs > 0) and request.outputs <= 10**6
+    yield "candidates", 1 <= request.candidates <= 10**6
+    yield "missing", request.missing in [missing.value for missing in Missing]
     yield "points_per_trajectory", not request.path_points or request.path_points < request.steps
     yield "targets", request.targets == "teacher" or (request.targets == "noise" and request.points == "renoised")
     yield "precision", request.precision in [precision.value for precision in Precision]
-    yield (
-        "classes",
-        bool(request.classes) and all(type(label) is int and 0 <= label < 1 << 31 for label in request.classes),
-    )
-    yield "teacher", not Path(request.teacher).is_absolute() and ".." not in Path(request.teacher).parts
+    yield "classes", bool(request.classes) and _all_labels(request.classes)
+    yield "local_classes", _all_labels(request.local_classes)
+    yield "outputs", not request.labelled or max(request.known_classes) < request.outputs
+    for name in ("teacher", "local_teacher"):
+        path = Path(getattr(request, name))
+        yield name, not path.is_absolute() and ".." not in path.parts
+
+
+def _all_labels(classes: Sequence[object]) -> bool:
+    return all(type(label) is int and 0 <= label < 1 << 31 for label in classes)
 
 
 def _check(request: ReplayRequest, config: Config) -> None:
@@ -359,7 +411,7 @@ def _check(request: ReplayRequest, config: Config) -> None:
         raise ConfigError("replay.precision=fp16: not on replay.device=cpu; take fp32 or bf16")
 
 
-def _check_pool(request: ReplayRequest, config: Config, steps_per_task: int) -> None:
+def _check_pool(request: ReplayRequest, config: Config, steps: int) -> None:
     """A pool must hold what is used between two checkpoints: only then are shards given back."""
     size, limit = request.shard_bytes, config.replay.pool_gb
     if request.capacity < 1:
@@ -367,7 +419,7 @@ def _check_pool(request: ReplayRequest, config: Config, steps_per_task: int) -> 
             f"replay.pool_gb={limit:g}: one shard of replay.shard_trajectories={request.shard_trajectories} has "
             f"{size / 1e9:.3g} GB"
         )
-    steps = min(steps_per_task, checkpoint_interval(config))
+    steps = min(steps, checkpoint_interval(config))
     between = math.ceil(steps * config.replay_batch / request.shard_uses)
     kept = KEPT_SHARDS if config.replay.on_starved is OnStarved.reuse else 0
     needed = min(request.shards, between + _SPARE_SHARDS + kept)

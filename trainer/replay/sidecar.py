@@ -6,7 +6,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +20,23 @@ from trainer.diffusion.schedules import NoiseSchedule
 from trainer.errors import UserError
 from trainer.replay.decode import shard_name
 from trainer.replay.devices import device_name
-from trainer.replay.drawn import Clock, Drawn, draw
+from trainer.replay.drawn import Clock, Drawn, Made, draw
 from trainer.replay.events import Event, EventLog
 from trainer.replay.graphs import GraphedPredict
+from trainer.replay.labelled import Labeller, sample_labelled
 from trainer.replay.lock import refuse, say, stand_by, worker_lock
 from trainer.replay.manifest import Manifest
 from trainer.replay.memory import free_memory, is_out_of_memory
 from trainer.replay.pool import encode, publish
 from trainer.replay.request import ReplayRequest, read_request
 from trainer.replay.state import read_state, write_json
-from trainer.replay.teacher import open_teacher
+from trainer.replay.teacher import open_labellers, open_teacher
 from trainer.replay.told import Told
 from trainer.replay.trajectory import TrajectoryBatch, sample_trajectories
 from trainer.replay.window import Filling, Limits, Progress, read_progress
 from trainer.run import RunDir
 
+Make = Callable[[int], Made | None]  # a shard by its micro-batch; None when told to stop
 POLL_SECONDS = 0.2
 NICENESS = 10  # of a sampler on CPUs: a trainer that shares them waits in every operation for its slowest thread
 BEAT_SECONDS = 5.0  # between two heartbeats that say the same
@@ -130,6 +133,8 @@ class Sampler:
         self._beaten, self._status = 0.0, ""
         self._paused = False  # the disk is full, and that was said
         self._teacher: tuple[str, Predict, NoiseSchedule] | None = None
+        self._labellers: tuple[tuple[str, str], list[Labeller]] | None = None
+        self._lacking = set[tuple[int, int]]()  # tasks and classes that were told of
         self._pool: Pool | None = None
         self._ahead = device.type == "cuda" if ahead is None else ahead
         self._drawn: Drawn | None = None  # sampled, or being sampled, and not published yet
@@ -179,10 +184,10 @@ class Sampler:
     def make_shard(self, request: ReplayRequest, shard: int) -> None:
         """Sample one shard, and publish it or, working ahead, the one before; leaves it when told to stop."""
         self.beat("sampling")
-        predict, schedule = self._open_teacher(request)
+        make, teachers = self._maker(request, shard)
         clock = Clock(self.device)
         try:
-            sampled = self._sample(predict, schedule, request, shard)
+            sampled = self._sample(make, teachers, shard)
         finally:
             self.finish_shard()  # the one before, where the first micro-batch of this one did not come so far
         if sampled is None:
@@ -204,8 +209,9 @@ class Sampler:
         pool, limits = self._open_pool(), Limits.of(request)
         if request.task != pool.task:
             return  # the trainer has learnt that task
-        encoded = encode(request, shard, drawn.batches)
-        evaluations = sum(batch.evaluations for batch in drawn.batches)
+        made = drawn.made
+        encoded = encode(request, shard, made.batches)
+        evaluations = sum(batch.evaluations for batch in made.batches)
         while not self.stop.is_set():
             pool.refresh()
             if shard not in limits.room(pool.progress):
@@ -221,15 +227,32 @@ class Sampler:
                     evaluations=evaluations,
                     seconds=seconds,
                     worker=self.worker,
+                    rejected=made.rejected,
+                    lacking=made.lacking,
                 )
             except OSError as error:
                 self._pause(error)
                 continue
             self.made, self.evaluations, self.busy = self.made + 1, self.evaluations + evaluations, self.busy + seconds
             self._paused = False
+            self._tell_lacking(request, made)
             self.events.flush()
             self.beat("sampling", news=True)
             return
+
+    def _tell_lacking(self, request: ReplayRequest, made: Made) -> None:
+        """Say it once of each task and class that a teacher does not make as often as it was asked to."""
+        for label, count in made.lacking.items():
+            if (request.task, label) in self._lacking:
+                continue
+            self._lacking.add((request.task, label))
+            details = {"task": request.task, "class": label, "trajectories": count, "filled": request.missing}
+            self.events.add(Event.missing_class, worker=self.worker, **details)
+            say(
+                self.worker,
+                f"task {request.task}: too few images of class {label}: {count} of a shard's trajectories are filled "
+                f"otherwise (jdcl.missing={request.missing}); metrics.json counts them all",
+            )
 
     def beat(self, status: str, *, news: bool = False) -> None:
         """Give a sign of life, and now and then, or where there are news, write it to the heartbeat file.
@@ -271,9 +294,16 @@ class Sampler:
         self.beat(status)
         self.stop.wait(POLL_SECONDS)
 
-    def _sample(
-        self, predict: Predict, schedule: NoiseSchedule, request: ReplayRequest, shard: int
-    ) -> tuple[list[TrajectoryBatch], int] | None:
+    def _maker(self, request: ReplayRequest, shard: int) -> tuple[Make, list[Predict]]:
+        """What makes a shard with a micro-batch, and the teachers that it asks."""
+        if request.labelled:
+            labellers = self._open_labellers(request)
+            label = partial(self._label_in, labellers, request, shard)
+            return label, [labeller.predict for labeller in labellers]
+        predict, schedule = self._open_teacher(request)
+        return partial(self._sample_in, predict, schedule, request, shard), [predict]
+
+    def _sample(self, make: Make, teachers: Sequence[Predict], shard: int) -> tuple[Made, int] | None:
         """The trajectories of a shard and the micro-batch that they were sampled in; None when told to stop.
 
         A shard made again is sampled as it was before, so it has the same bytes. Where memory is short the micro-batch
@@ -283,14 +313,15 @@ class Sampler:
         micro_batch = pool.manifest.micro_batches.get(shard, pool.micro_batch)
         while True:
             try:
-                batches = self._sample_in(micro_batch, predict, schedule, request, shard)
-                return None if batches is None else (batches, micro_batch)
+                made = make(micro_batch)
+                return None if made is None else (made, micro_batch)
             except (RuntimeError, MemoryError) as error:
                 if micro_batch == 1 or not is_out_of_memory(error):
                     raise
                 reason = str(error).partition("\n")[0]
-            if isinstance(predict, GraphedPredict):
-                predict.forget()
+            for teacher in teachers:
+                if isinstance(teacher, GraphedPredict):
+                    teacher.forget()
             free_memory(self.device)  # here, not in the handler: the error's traceback holds on to tensors
             smaller = micro_batch // 2
             pool.micro_batch = min(pool.micro_batch, smaller)
@@ -303,8 +334,8 @@ class Sampler:
             micro_batch = smaller
 
     def _sample_in(
-        self, micro_batch: int, predict: Predict, schedule: NoiseSchedule, request: ReplayRequest, shard: int
-    ) -> list[TrajectoryBatch] | None:
+        self, predict: Predict, schedule: NoiseSchedule, request: ReplayRequest, shard: int, micro_batch: int
+    ) -> Made | None:
         first, count = shard * request.shard_trajectories, request.shard_trajectories
         batches: list[TrajectoryBatch] = []
         with torch.inference_mode():
@@ -315,7 +346,18 @@ class Sampler:
                 indices = np.arange(first + start, first + stop, dtype=np.int64)
                 batches.append(sample_trajectories(predict, schedule, request, indices, self.device, self._sampling))
                 self.finish_shard()  # the one before is written while the device works on this one
-        return batches
+        return Made(batches)
+
+    def _label_in(
+        self, teachers: Sequence[Labeller], request: ReplayRequest, shard: int, micro_batch: int
+    ) -> Made | None:
+        def pause() -> bool:
+            self.beat("sampling")
+            self.finish_shard()
+            return self.stop.is_set()
+
+        with torch.inference_mode():
+            return sample_labelled(teachers, request, shard, micro_batch, self.device, pause)
 
     def _sampling(self) -> None:
         self.beat("sampling")
@@ -325,6 +367,13 @@ class Sampler:
             self._teacher = None  # the memory of the old one first
             self._teacher = (request.teacher_id, *open_teacher(self.run, request, self.device))
         return self._teacher[1], self._teacher[2]
+
+    def _open_labellers(self, request: ReplayRequest) -> list[Labeller]:
+        wanted = request.teacher_id, request.local_teacher_id
+        if self._labellers is None or self._labellers[0] != wanted:
+            self._labellers = None  # the memory of the old ones first
+            self._labellers = wanted, open_labellers(self.run, request, self.device)
+        return self._labellers[1]
 
     def _open_pool(self) -> Pool:
         assert self._pool is not None

@@ -28,8 +28,8 @@ class TrajectoryBatch:
     Shapes: indices, label, start_seeds (B,) int64; t and seeds (B, P) int64, where `seeds` is the noise of a
     re-noised point, or a point that is nothing else (unused on a path). In fp16, and None where no point needs them:
     end (B, C, H, W), the end points that are noised again; states (B, P', C, H, W) of the first P' points, which lie on
-    the path; targets (B, P, C, H, W), the teacher's predictions, None where the target is the noise. `evaluations`
-    counts network evaluations, one per image.
+    the path; targets (B, P, C, H, W), the teacher's predictions, None where the target is the noise; logits (B, K),
+    the teacher's of the end points, of a labelled pool. `evaluations` counts network evaluations, one per image.
     """
 
     indices: Int64
@@ -41,18 +41,19 @@ class TrajectoryBatch:
     states: Tensor | None
     targets: Tensor | None
     evaluations: int
+    logits: Tensor | None = None
 
 
 def trajectory_labels(request: ReplayRequest, indices: Int64) -> Int64:
     """Labels, (B,): each run of C trajectories holds every class once, in an order of its own; -1 without classes."""
-    if not request.conditional:
+    if not request.known_classes:
         return np.full(indices.shape, -1, dtype=np.int64)
-    count = len(request.classes)
+    count = len(request.known_classes)
     blocks = (indices // count).astype(np.uint64)
     ranks = derive(request.seed, f"replay-label/{request.task}", blocks[:, None], np.arange(count, dtype=np.uint64))
     order = np.argsort(ranks, axis=1, kind="stable")
     chosen = np.take_along_axis(order, (indices % count)[:, None], axis=1)[:, 0]
-    return np.asarray(request.classes, dtype=np.int64)[chosen]
+    return np.asarray(request.known_classes, dtype=np.int64)[chosen]
 
 
 def point_seeds(request: ReplayRequest, purpose: str, indices: Int64) -> Int64:
@@ -81,13 +82,14 @@ def sample_trajectories(
     """
     if not request.sampled:
         return _ask_about_noise(teacher_call(teacher, alive), schedule, request, indices, device)
-    start = _trajectory_seeds(request, "start", indices, device)
+    assert not request.labelled, "see trainer.replay.labelled"
+    start = trajectory_seeds(request, "start", indices, device)
     label = torch.from_numpy(trajectory_labels(request, indices)).to(device, non_blocking=True)
     predict = teacher_call(teacher, alive)
     grid = timestep_grid(
         schedule.timesteps,
         request.steps,
-        _trajectory_seeds(request, "grid", indices, device) if request.jitter else None,
+        trajectory_seeds(request, "grid", indices, device) if request.jitter else None,
     )
     path = sample_path(
         predict,
@@ -100,13 +102,13 @@ def sample_trajectories(
         guidance=request.guidance,
         null_label=request.null_label,
         clip=request.clip_sample,
-        noise_seeds=_trajectory_seeds(request, "eta", indices, device) if request.eta > 0 else None,
+        noise_seeds=trajectory_seeds(request, "eta", indices, device) if request.eta > 0 else None,
     )
     seeds = torch.from_numpy(point_seeds(request, "noise", indices)).to(device, non_blocking=True)
     on_path, end = _walk(path, request, indices, device)
     t, targets = on_path.t, on_path.targets
     if request.renoised_points:
-        drawn = _drawn_timesteps(request, indices, schedule.timesteps, device)
+        drawn = drawn_timesteps(request, indices, schedule.timesteps, device)
         t = [*t, *drawn.unbind(1)]
         if request.teacher_targets:
             targets = [*targets, *relabel(predict, schedule, end, seeds[:, request.path_points :], drawn, label)]
@@ -129,7 +131,7 @@ def _ask_about_noise(
     """Points that are their own noise: the teacher's predictions at it, at timesteps of any size."""
     label = torch.from_numpy(trajectory_labels(request, indices)).to(device, non_blocking=True)
     seeds = torch.from_numpy(point_seeds(request, "noise", indices)).to(device, non_blocking=True)
-    t = _drawn_timesteps(request, indices, schedule.timesteps, device)
+    t = drawn_timesteps(request, indices, schedule.timesteps, device)
     targets = [
         predict(normal(seeds[:, point], request.image_shape), t[:, point], label).to(torch.float16)
         for point in range(request.points_per_trajectory)
@@ -137,7 +139,7 @@ def _ask_about_noise(
     return TrajectoryBatch(
         indices,
         label,
-        _trajectory_seeds(request, "start", indices, device),
+        trajectory_seeds(request, "start", indices, device),
         t,
         seeds,
         end=None,
@@ -179,12 +181,12 @@ def teacher_call(teacher: Predict, alive: Callable[[], None] | None = None) -> P
     return predict
 
 
-def _trajectory_seeds(request: ReplayRequest, purpose: str, indices: Int64, device: torch.device) -> Tensor:
+def trajectory_seeds(request: ReplayRequest, purpose: str, indices: Int64, device: torch.device) -> Tensor:
     seeds = derive(request.seed, f"replay-{purpose}/{request.task}", indices.astype(np.uint64))
     return torch.from_numpy(seeds).to(device, non_blocking=True)  # a plain copy would wait for all work before it
 
 
-def _drawn_timesteps(request: ReplayRequest, indices: Int64, count: int, device: torch.device) -> Tensor:
+def drawn_timesteps(request: ReplayRequest, indices: Int64, count: int, device: torch.device) -> Tensor:
     """Timesteps of the R re-noised points, int64 (B, R): each uniform over the `count` of the schedule.
 
     Stratified, point k is uniform over the k-th of R equal parts of [0, count), rounded down.
@@ -210,7 +212,7 @@ def _chosen_steps(request: ReplayRequest, indices: Int64, device: torch.device) 
     bounds = torch.tensor([1 + point * (steps - 1) // count for point in range(count + 1)])
     bounds = bounds.to(device, non_blocking=True)
     low, width = bounds[:-1], bounds.diff()
-    draws = uniform(_trajectory_seeds(request, "choice", indices, device), count)
+    draws = uniform(trajectory_seeds(request, "choice", indices, device), count)
     return low + torch.minimum((draws * width).to(torch.int64), width - 1)
 
 

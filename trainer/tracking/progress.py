@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console, Group
@@ -38,19 +38,18 @@ class TrainingProgress:
     """Task k of T, images seen, images/s, loss terms, pool fill, starved seconds, time left.
 
     On a terminal two lines at its foot, drawn by a thread; elsewhere a line every `plain_every` seconds.
-    `images_per_task` is the same for every task. Times left count training alone, not evaluation.
+    `images` are those that each task sees. Times left count training alone, not evaluation.
     """
 
     def __init__(
         self,
-        tasks: int,
-        images_per_task: int,
+        images: Sequence[int],
         *,
         console: Console | None = None,
         plain_every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._tasks, self._images = tasks, images_per_task
+        self._images_of, self._tasks = list(images), len(images)
         self._console = console or Console()
         self._plain_every, self._clock = plain_every, clock
         self._state = _State()
@@ -106,6 +105,10 @@ class TrainingProgress:
             self._live.stop()
             self._live = None
 
+    @property
+    def _images(self) -> int:
+        return self._images_of[self._state.task - 1]
+
     def _print(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
 
@@ -117,7 +120,7 @@ class TrainingProgress:
         rate = self._state.rate
         if not rate:
             return "-- images/s"
-        left = (self._tasks - self._state.task + 1) * self._images - self._state.seen
+        left = sum(self._images_of[self._state.task - 1 :]) - self._state.seen
         return f"{rate:,.0f} images/s  {duration(left / rate)} left"
 
     def _body(self) -> str:

@@ -38,10 +38,11 @@ class Tracker:
         log: MetricsLog | None = None,
         progress: TrainingProgress | None = None,
         wandb: WandbRun | None = None,
-        images_per_task: int = 0,
+        images: Sequence[int] = (),
     ) -> None:
+        """`images`: how many each task sees."""
         self._log, self._progress, self._wandb = log, progress, wandb
-        self._images_per_task = images_per_task
+        self._images = images
 
     def start_task(self, task: int, seen: int = 0, machine: Mapping[str, Any] | None = None) -> None:
         """Task `task` (from 1) begins, or goes on at `seen` images of it; `machine`: on what, for the log."""
@@ -59,7 +60,7 @@ class Tracker:
         if self._wandb:
             numbers = {f"{event}/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}
             if "task" in metrics and "seen" in metrics:
-                numbers["seen_images"] = (metrics["task"] - 1) * self._images_per_task + metrics["seen"]
+                numbers["seen_images"] = sum(self._images[: metrics["task"] - 1]) + metrics["seen"]
             self._wandb.log(numbers)
 
     def activity(self, text: str) -> None:
@@ -134,15 +135,17 @@ class WandbRun:
         wandb.teardown(exit_code=int(failed))  # waits for wandb's own process: finish alone may leave it still writing
 
 
-def open_tracker(run: RunDir, config: Config, tasks: int) -> Tracker:
+def open_tracker(run: RunDir, config: Config, images: Sequence[int]) -> Tracker:
     """The tracker of the main rank: metrics.jsonl always, the bar and wandb as configured.
+
+    Args: images: how many each task sees.
 
     Raises:
         UserError: wandb cannot be started, before any work.
     """
     wandb = None if config.tracking.wandb is Wandb.off else open_wandb(run, config)
-    progress = TrainingProgress(tasks, config.train.images_per_task) if config.tracking.progress else None
-    return Tracker(MetricsLog(run.metrics_log), progress, wandb, config.train.images_per_task)
+    progress = TrainingProgress(images) if config.tracking.progress else None
+    return Tracker(MetricsLog(run.metrics_log), progress, wandb, images)
 
 
 def open_wandb(run: RunDir, config: Config) -> WandbRun:
