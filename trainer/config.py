@@ -198,6 +198,7 @@ class DataConfig:
     format: ShardFormat = ShardFormat.png  # raw: the same pixels in larger files, read thirty times as fast
     verify: Verify = Verify.sha256
     flip: bool = False  # horizontal flips, drawn from the sample's own counter
+    labelled: float = 1.0  # share of each class's training images whose label a classifier within the model may know
     workers: int = 1  # reading and decoding threads of each rank
     prefetch: int = 4  # batches read ahead
 
@@ -300,6 +301,11 @@ class JdclConfig:
     label_weight: float = 1e-5  # global stage: of the teachers' labels, beside
     logit_weight: float = 1e-3  # twice their soft ones
     warmup_images: int = 0  # of the global stage, seen before the classifier learns in it
+    weak_crop: float = 0.85  # least share of an image that a view shows: what is learnt to be generated; 1: all of it
+    strong_operations: int = 2  # RandAugment operations on what is classified beside; 0: none
+    strong_magnitude: int = 10  # of these, 0 to 30
+    fixmatch_weight: float = 1e-3  # data.labelled below 1: of the classifier's own guesses at the others
+    fixmatch_threshold: float = 0.95  # probability above which a guess counts
     candidates: float = 4.0  # images that a teacher may sample for each that is kept, to have as many of each class
     missing: Missing = Missing.repeat
 

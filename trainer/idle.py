@@ -94,10 +94,13 @@ def _idle_of_jdcl(config: Config) -> list[tuple[str, str]]:
     method, jdcl = f"method.name={config.method.name.value}", config.jdcl
     if not config.classifies:
         return [(f"jdcl.{field.name}", "model.classifier=none") for field in fields(jdcl)]
+    views = ("weak_crop", "strong_operations", "strong_magnitude")
+    fixmatch = ("fixmatch_weight", "fixmatch_threshold")
+    conditions = [(f"jdcl.{key}", "data.labelled=1") for key in fixmatch if config.data.labelled == 1]
     if config.method.name is not MethodName.jdcl:
-        local = ("classification_weight",)
-        return [(f"jdcl.{field.name}", method) for field in fields(jdcl) if field.name not in local]
-    conditions = [("method.distillation_weight", method), ("replay.jitter", method)]
+        local = ("classification_weight", *views, *fixmatch)
+        return conditions + [(f"jdcl.{field.name}", method) for field in fields(jdcl) if field.name not in local]
+    conditions += [("method.distillation_weight", method), ("replay.jitter", method)]
     if not jdcl.distil:
         weights = ("noise", "label", "logit")
         conditions += [(f"jdcl.{weight}_weight", "jdcl.distil=false") for weight in weights]

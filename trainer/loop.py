@@ -15,10 +15,13 @@ import torch
 from torch.profiler import record_function
 
 from trainer.config import Config, OwnPoints, Placement, Verify
+from trainer.data.augment import Augmentation
 from trainer.data.batch import Examples
 from trainer.data.buffer import open_rehearsed
 from trainer.data.dataset import TaskData
+from trainer.data.joint import JointPreparer
 from trainer.data.label_dropout import LabelDropout
+from trainer.data.labelled import hide_labels
 from trainer.data.prepare import Preparer
 from trainer.data.stream import HostBatch, RealStream
 from trainer.diffusion.schedules import make_schedule
@@ -153,7 +156,7 @@ class Trainer:
         self.hold(task)
         with ExitStack() as stack:
             # A joint task sees the images of earlier tasks again, from epoch 0: it must not draw the same noise again.
-            self.prepare = self._preparer(f"current/{task}" if self.method.all_tasks else "current")
+            self.prepare = self._real_preparer(f"current/{task}" if self.method.all_tasks else "current")
             self.weights = task_weights(self.config, task, self.schedule)
             batches = self._real_batches(task, stage, stack) if stage.real else repeat(None)
             replay = self._replay(task, stack) if stage.replayed else None
@@ -427,7 +430,8 @@ class Trainer:
     def _real_data(self, task: int) -> TaskData:
         """The images to learn a task from; their checksums were verified before the ranks met."""
         tasks = range(1, task + 1) if self.method.all_tasks else [task]
-        return TaskData.open(Path(self.config.data.root), "train", list(tasks), Verify.size)
+        data = TaskData.open(Path(self.config.data.root), "train", list(tasks), Verify.size)
+        return hide_labels(data, self.config.data.labelled, self.config.run.seed)
 
     def _buffer(self, task: int) -> TaskData:
         """The real images of earlier tasks that are rehearsed with a task."""
@@ -448,12 +452,21 @@ class Trainer:
             prefetch=self.config.data.prefetch,
         )
 
-    def _preparer(self, purpose: str) -> Preparer:
+    def _real_preparer(self, purpose: str) -> Preparer | JointPreparer:
+        """Of the task's own images: with views for a classifier within the model."""
+        jdcl, data = self.config.jdcl, self.config.data
+        if not self.config.classifies:
+            return self._preparer(purpose)
+        views = Augmentation(data.flip, jdcl.weak_crop, jdcl.strong_operations, jdcl.strong_magnitude)
+        guesses = data.labelled < 1 and jdcl.fixmatch_weight > 0
+        return JointPreparer(self._preparer(purpose, flip=False), views, guesses)
+
+    def _preparer(self, purpose: str, flip: bool | None = None) -> Preparer:
         return Preparer(
             self.schedule,
             seed=self.config.run.seed,
             purpose=purpose,
-            flip=self.config.data.flip,
+            flip=self.config.data.flip if flip is None else flip,
             device=self.world.device,
             dtype=self.engine.dtype,
             label_dropout=self.label_dropout,

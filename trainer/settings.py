@@ -5,18 +5,13 @@ Every refusal is one line that names the file or the command line, the key and w
 
 from __future__ import annotations
 
-import difflib
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any
 
 from trainer.config import (
     AUTO,
@@ -37,11 +32,10 @@ from trainer.data.shards import IMAGE_LIMIT
 from trainer.data.tasks import split_classes
 from trainer.errors import ConfigError, one_line
 from trainer.idle import COMMAND_LINE, check_idle
-from trainer.yaml_text import Unreadable, parse_yaml, read_yaml
+from trainer.merging import default_settings, flatten, merge_settings, read_dotlist, read_file, settings_in, to_config
+from trainer.yaml_text import Unreadable, read_yaml
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-SECTIONS = asdict(Config())
-Setting = tuple[str, Any]  # section.key and its value
 LARGEST = {"data.classes": 10**6, "data.image_size": IMAGE_LIMIT, "diffusion.timesteps": 10**6}  # sized in memory
 
 # What may differ between two attempts of one run: nothing here changes which model is trained.
@@ -112,9 +106,9 @@ def load_config(name: str, overrides: list[str]) -> Config:
         ConfigError: one line naming file and key.
     """
     path = find_config(name)
-    merged = _merge(_defaults(), _read_file(path), str(path))
-    merged = _merge(merged, _read_dotlist(overrides), COMMAND_LINE)
-    config = _to_config(merged)
+    merged = merge_settings(default_settings(), read_file(path), str(path))
+    merged = merge_settings(merged, read_dotlist(overrides), COMMAND_LINE)
+    config = to_config(merged)
     if not config.run.name:
         beside = config.method.penalty
         penalty = "" if beside is PenaltyName.none else f"-{beside.value}"
@@ -139,8 +133,8 @@ def restore_config(path: Path) -> dict[str, Any]:
 
 def config_from_run(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of an existing run, from its `config.yaml`, with a dotlist over it. Raises ConfigError."""
-    merged = _merge(_defaults(), _settings(restore_config(path), str(path)), str(path))
-    config = _to_config(_merge(merged, _read_dotlist(overrides), COMMAND_LINE))
+    merged = merge_settings(default_settings(), settings_in(restore_config(path), str(path)), str(path))
+    config = to_config(merge_settings(merged, read_dotlist(overrides), COMMAND_LINE))
     check(config)
     return config
 
@@ -171,7 +165,7 @@ def refused_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
     A key that the run's file does not have is younger than the run: its default is what was done before there was it.
     """
-    before, after = dict(_flat(as_plain(Config()))) | dict(_flat(old)), dict(_flat(new))
+    before, after = dict(flatten(as_plain(Config()))) | dict(flatten(old)), dict(flatten(new))
     changed = [
         f"{one_line(key)} ({one_line(before.get(key))} -> {one_line(after.get(key))})"
         for key in sorted(before.keys() | after.keys())
@@ -264,9 +258,10 @@ def _check_numbers(config: Config) -> None:
         "method.penalty_weight method.min_snr method.buffer_per_class method.buffer_size model.max_classes "
         "train.peak_tflops tracking.profile_steps evaluation.loss_images evaluation.bpd_images "
         "classifier.epochs classifier.replay_images jdcl.global_images jdcl.classification_weight jdcl.noise_weight "
-        "jdcl.label_weight jdcl.logit_weight jdcl.warmup_images"
+        "jdcl.label_weight jdcl.logit_weight jdcl.warmup_images jdcl.strong_operations jdcl.strong_magnitude "
+        "jdcl.fixmatch_weight"
     )
-    values = dict(_flat(asdict(config)))
+    values = dict(flatten(asdict(config)))
     for key, value in values.items():
         _require(not isinstance(value, float) or math.isfinite(value), key, value, "is no finite number")
     for key, limit in LARGEST.items():
@@ -285,6 +280,11 @@ def _check_numbers(config: Config) -> None:
         "replay.low_watermark",
     ):
         _require(0 <= values[key] < 1, key, values[key], "must be in [0, 1)")
+    for key in ("data.labelled", "jdcl.weak_crop", "jdcl.fixmatch_threshold"):
+        _require(0 < values[key] <= 1, key, values[key], "must be in (0, 1]")
+    _require(
+        values["jdcl.strong_magnitude"] <= 30, "jdcl.strong_magnitude", values["jdcl.strong_magnitude"], "above 30"
+    )
     for key in ("replay.eta", "evaluation.eta"):
         _require(values[key] <= 1, key, values[key], "must be in [0, 1]")
     for name, section in (("replay", config.replay), ("evaluation", config.evaluation)):
@@ -347,6 +347,8 @@ def _check_classifier(config: Config) -> None:
     if not config.classifies:
         why = "needs a classifier within the model: model.classifier=joint with model.conditional=false"
         _require(name is not MethodName.jdcl, "method.name", name.value, why)
+        why = "only a classifier within the model can do without labels: model.classifier"
+        _require(config.data.labelled == 1, "data.labelled", config.data.labelled, why)
         return
     _require(not config.model.conditional, "model.classifier", kind.value, "needs model.conditional=false")
     why = "holds only the weights of a model without model.classifier"
@@ -412,107 +414,3 @@ def _check_train(config: Config) -> None:
 def _require(holds: bool, key: str, value: object, why: str) -> None:
     if not holds:
         raise ConfigError(f"{key}={value}: {why}")
-
-
-# --- reading ----------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def _defaults() -> Any:
-    """What everything is merged over; merging leaves it as it is."""
-    return OmegaConf.structured(Config)
-
-
-def _read_file(path: Path) -> Iterator[Setting]:
-    try:
-        content = read_yaml(path)
-    except Unreadable as error:
-        raise ConfigError(f"{path}: not readable as YAML ({error})") from None
-    return _settings({} if content is None else content, str(path))
-
-
-def _settings(content: Any, where: str) -> Iterator[Setting]:
-    """The settings of a file's sections; an empty section is none."""
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where}: holds no sections")
-    for section, values in content.items():
-        if section not in SECTIONS:
-            first = next(iter(values), "") if isinstance(values, dict) else ""
-            raise _unknown(f"{section}.{first}".rstrip("."), where)
-        if values is not None and not isinstance(values, dict):
-            raise ConfigError(f"{where}: {section} is a section, not a value")
-        yield from ((f"{section}.{key}", value) for key, value in (values or {}).items())
-
-
-def _unknown(name: str, where: str) -> ConfigError:
-    known = [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys]
-    near = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.0)
-    return ConfigError(f"{where}: unknown key {one_line(name)}; did you mean {near[0]}?")
-
-
-def _read_dotlist(overrides: Sequence[str]) -> Iterator[Setting]:
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{COMMAND_LINE}: {one_line(repr(override))} is not of the form section.key=value")
-        try:
-            yield name, parse_yaml(text) if text else ""  # an empty value is an empty string
-        except Unreadable as error:
-            raise ConfigError(f"{COMMAND_LINE}: {one_line(name)}: not readable as YAML ({error})") from None
-
-
-def _merge(base: Any, settings: Iterable[Setting], where: str) -> Any:
-    """Put settings over a configuration, the last of a name winning; nothing in them is resolved."""
-    extra: dict[str, dict[str, Any]] = {}
-    for name, value in settings:
-        section, _, key = name.partition(".")
-        if name in SECTIONS:
-            raise ConfigError(f"{where}: {name} is a section, not a value")
-        if key not in SECTIONS.get(section, {}):
-            raise _unknown(name, where)
-        problem = _problem(value)
-        if problem:
-            raise ConfigError(f"{where}: {name}: {problem}")
-        extra.setdefault(section, {})[key] = _spelt_out(name, value, where)
-    try:
-        return OmegaConf.merge(base, extra)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {getattr(error, 'full_key', None) or 'a value'}: {one_line(error)}") from None
-
-
-def _spelt_out(name: str, value: Any, where: str) -> Any:
-    """The one value that has a name in files and a number here."""
-    if name != "train.micro_batch":
-        return value
-    if value == AUTO:
-        raise ConfigError(f"{where}: {name}={value}: must not be negative; auto finds what fits")
-    return AUTO if value == "auto" else value
-
-
-def _problem(value: Any) -> str:
-    """Why a value cannot be any setting's; empty where it may be one."""
-    if isinstance(value, list):
-        return next(filter(None, map(_problem, value)), "")
-    if isinstance(value, dict):
-        return "is a value, not a section"
-    if isinstance(value, str) and "${" in value:
-        return "${...} is not resolved here: write the value out"
-    if isinstance(value, str) and not value.isprintable():
-        return f"{one_line(repr(value))} holds characters that do not print"
-    return "??? says that it is missing: give a value" if value == "???" else ""
-
-
-def _to_config(merged: Any) -> Config:
-    try:
-        return cast(Config, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {one_line(error)}") from None
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{name}.")
-        else:
-            yield name, value

@@ -17,6 +17,7 @@ from speed.reference import LOSS_ERROR, compare, denoising_loss, exact
 from speed.sizes import Sizes, make_config, random_examples
 from speed.turns import Turns
 from trainer.config import Config, Placement
+from trainer.data.prepare import Preparer
 from trainer.data.stream import HostBatch
 from trainer.engine import Engine
 from trainer.kernels.philox import normal, timesteps, uniform
@@ -125,6 +126,7 @@ def program_config(sizes: Sizes, directory: Path, seed: int, mode: str) -> Confi
 def expected_loss(trainer: TimedTrainer, batch: HostBatch) -> float:
     """The loss of the untrained model on the real images of a first batch, from the equations alone."""
     config, device = trainer.config, trainer.world.device
+    assert isinstance(trainer.prepare, Preparer), "a model without a classifier"
     purpose = trainer.prepare.purpose
 
     def seeds(use: str) -> torch.Tensor:

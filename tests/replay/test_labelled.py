@@ -106,7 +106,7 @@ def test_no_two_shards_or_teachers_share_noise_and_a_shard_is_the_same_again() -
     request = request_of()
     found = [sample_labelled(TEACHERS, request, shard, 8, CPU) for shard in (0, 1, 2, 1)]
     starts = [made.batches[0].start_seeds.tolist() for made in found if made is not None]
-    seeds = sum(starts[:3], [])
+    seeds = [seed for start in starts[:3] for seed in start]
     assert len(set(seeds)) == len(seeds) == 36
     again = [encode(request, 1, made.batches)[1] for made in found[1::2] if made is not None]
     assert again[0] == again[1]

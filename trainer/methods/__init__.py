@@ -61,7 +61,8 @@ def build_classifying(config: Config) -> Classifying | None:
     """What a classifier within the model weighs; None without one."""
     if not config.classifies:
         return None
-    return Classifying(config.jdcl.classification_weight)
+    jdcl = config.jdcl
+    return Classifying(jdcl.classification_weight, jdcl.fixmatch_weight, jdcl.fixmatch_threshold)
 
 
 def build_penalty(config: Config) -> Penalty | None:
