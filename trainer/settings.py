@@ -36,6 +36,7 @@ from trainer.data.shards import IMAGE_LIMIT
 from trainer.data.tasks import split_classes
 from trainer.errors import ConfigError, one_line
 from trainer.idle import COMMAND_LINE, check_idle
+from trainer.probe_settings import check_probes
 from trainer.yaml_text import Unreadable, parse_yaml, read_yaml
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -189,6 +190,7 @@ def check(config: Config) -> None:
     """Refuse impossible values and combinations that do not depend on the machine."""
     for rule in (_check_numbers, _check_data, _check_guidance, _check_penalty, _check_replay, _check_train):
         rule(config)
+    check_probes(config, task_classes(config.data))
 
 
 def check_engine(config: Config, device_type: str) -> None:
@@ -248,8 +250,9 @@ def _check_numbers(config: Config) -> None:
         "replay.reuse replay.shard_trajectories replay.sampler_batch replay.workers "
         "replay.devices_per_node replay.threads replay.timeout replay.pool_gb replay.reuse_cap replay.hang_timeout "
         "evaluation.samples evaluation.steps evaluation.batch evaluation.grid_per_class evaluation.classifier_epochs "
-        "evaluation.timestep_bins evaluation.bpd_timesteps checkpoint.keep tracking.profile_start "
-        "method.fisher_images method.fisher_draws classifier.batch classifier.lr classifier.temperature"
+        "evaluation.timestep_bins evaluation.bpd_timesteps evaluation.probe_neighbours checkpoint.keep "
+        "method.fisher_images method.fisher_draws classifier.batch classifier.lr classifier.temperature "
+        "tracking.profile_start"
     )
     natural = (
         "train.threads replay.points_per_trajectory replay.batch replay.restarts replay.pool_shards replay.eta "
@@ -257,7 +260,7 @@ def _check_numbers(config: Config) -> None:
         "optimizer.eps optimizer.weight_decay optimizer.warmup_images optimizer.clip_norm method.distillation_weight "
         "method.rehearsal_coefficient checkpoint.every_images model.dropout tracking.wandb_samples "
         "method.penalty_weight method.min_snr method.buffer_per_class method.buffer_size model.max_classes "
-        "train.peak_tflops tracking.profile_steps evaluation.loss_images evaluation.bpd_images "
+        "train.peak_tflops tracking.profile_steps evaluation.loss_images evaluation.bpd_images evaluation.probe_images "
         "classifier.epochs classifier.replay_images"
     )
     values = dict(_flat(asdict(config)))
