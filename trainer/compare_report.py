@@ -17,7 +17,7 @@ from rich.table import Table
 
 from trainer.compare import Comparison, Run
 from trainer.data.shards import write_atomic
-from trainer.report.comparison import Findings, write_comparison
+from trainer.report.comparison import OWN_CLASSIFIER, Findings, write_comparison
 from trainer.report.comparison_figures import Group, Member
 from trainer.report.spread import Statistics, spread_name, spread_text, statistics_of
 from trainer.settings import load_config
@@ -27,11 +27,15 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "numpy")
 
 @dataclass(frozen=True)
 class Column:
-    """One measure of a finished run; None where the run has no such number."""
+    """One measure of a finished run; None where the run has no such number.
+
+    `optional`: shown where some run has it.
+    """
 
     key: str
     title: str
     read: Callable[[dict[str, Any]], float | None]
+    optional: bool = False
 
 
 def _final(key: str) -> Callable[[dict[str, Any]], float | None]:
@@ -60,9 +64,16 @@ COLUMNS = (
     Column("kld", "KLD", _final("kld")),
     Column("accuracy", "accuracy", _final("accuracy")),
     Column("forgetting", "forgetting", _final("forgetting")),
+    *(Column(key, title, _final(key), optional=True) for key, title in OWN_CLASSIFIER.items()),
     Column("seconds", "seconds", _seconds),
     Column("evaluations", "teacher evaluations / point", _evaluations),
 )
+
+NARROW = {  # titles as a terminal has room for them
+    "average accuracy": "average\naccuracy",
+    "accuracy forgotten": "accuracy\nforgotten",
+    "teacher evaluations / point": "teacher\nevals/point",
+}
 
 
 def summarise(comparison: Comparison, runs: Sequence[Run]) -> dict[str, dict[str, Statistics]]:
@@ -79,12 +90,17 @@ def summarise(comparison: Comparison, runs: Sequence[Run]) -> dict[str, dict[str
 def cells(comparison: Comparison, runs: Sequence[Run]) -> list[list[str]]:
     """The table as text, header first."""
     summary = summarise(comparison, runs)
-    lines = [["", "seeds", *(column.title for column in COLUMNS)]]
+    columns = [
+        column
+        for column in COLUMNS
+        if not column.optional or any(column.key in measured for measured in summary.values())
+    ]
+    lines = [["", "seeds", *(column.title for column in columns)]]
     for row in comparison.rows:
         mine = [run for run in runs if run.row == row.name]
         finished = sum(run.result is not None for run in mine)
         seeds = str(finished) if finished == len(mine) else f"{finished} of {len(mine)}"
-        values = [summary[row.name].get(column.key) for column in COLUMNS]
+        values = [summary[row.name].get(column.key) for column in columns]
         lines.append([row.name, seeds, *(spread_text(value, comparison.mean) for value in values)])
     return lines
 
@@ -108,8 +124,7 @@ def rich_table(comparison: Comparison, runs: Sequence[Run]) -> Table:
         title=f"{comparison.config}: {spread} over seeds {', '.join(map(str, comparison.seeds))}",
     )
     for number, title in enumerate(header):
-        short = title.replace("teacher evaluations / point", "teacher\nevals/point")
-        table.add_column(short, justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(NARROW.get(title, title), justify="left" if number == 0 else "right", no_wrap=True)
     for line in lines:
         table.add_row(*(cell.replace(" (", "\n(") for cell in line))
     return table

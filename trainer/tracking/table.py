@@ -119,11 +119,11 @@ def _own_classifier_rows(final: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Of the classifier that is a part of the model."""
     if "model_accuracy" not in final:
         return []
-    lost = f"its own classifier; {percent_text(final['forgetting_model_accuracy'])} forgotten"
-    transfer = f"mean over tasks; backward transfer {percent_text(final['backward_transfer'])}"
+    lost = f"the model's; {percent_text(final['forgetting_model_accuracy'])} forgotten"
     return [
-        ("the model tells", percent_text(final["model_accuracy"]), "", f"{final['model_images']:,} images", lost),
-        ("average accuracy", percent_text(final["average_accuracy"]), "", "", transfer),
+        ("own classifier", percent_text(final["model_accuracy"]), "", f"{final['model_images']:,} images", lost),
+        ("average accuracy", percent_text(final["average_accuracy"]), "", "", "of it, over tasks"),
+        ("backward transfer", percent_text(final["backward_transfer"]), "", "", "of it; below 0: forgotten"),
     ]
 
 
@@ -135,8 +135,8 @@ def _probe_rows(final: Mapping[str, Any]) -> list[tuple[str, ...]]:
             name,
             percent_text(best.accuracy),
             "",
-            f"{probe['test_images']:,} of {probe['images']:,}",
-            f"of features; best of {len(probe['timesteps'])} noise levels, t = {best.timestep}",
+            f"{probe['test_images']:,} images",
+            f"of features; best of {len(probe['timesteps'])} levels: t = {best.timestep}",
         )
         for name, best in found
         if best is not None
