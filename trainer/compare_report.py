@@ -69,12 +69,6 @@ COLUMNS = (
     Column("evaluations", "teacher evaluations / point", _evaluations),
 )
 
-NARROW = {  # titles as a terminal has room for them
-    "average accuracy": "average\naccuracy",
-    "accuracy forgotten": "accuracy\nforgotten",
-    "teacher evaluations / point": "teacher\nevals/point",
-}
-
 
 def summarise(comparison: Comparison, runs: Sequence[Run]) -> dict[str, dict[str, Statistics]]:
     """By row and column; rows without a finished run are empty."""
@@ -87,14 +81,14 @@ def summarise(comparison: Comparison, runs: Sequence[Run]) -> dict[str, dict[str
     return summary
 
 
-def cells(comparison: Comparison, runs: Sequence[Run]) -> list[list[str]]:
-    """The table as text, header first."""
+def _shown(summary: dict[str, dict[str, Statistics]]) -> list[Column]:
+    return [column for column in COLUMNS if not column.optional or any(column.key in row for row in summary.values())]
+
+
+def cells(comparison: Comparison, runs: Sequence[Run], columns: Sequence[Column] = ()) -> list[list[str]]:
+    """The table as text, header first; of all columns that there are, unless some are named."""
     summary = summarise(comparison, runs)
-    columns = [
-        column
-        for column in COLUMNS
-        if not column.optional or any(column.key in measured for measured in summary.values())
-    ]
+    columns = columns or _shown(summary)
     lines = [["", "seeds", *(column.title for column in columns)]]
     for row in comparison.rows:
         mine = [run for run in runs if run.row == row.name]
@@ -114,18 +108,26 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def rich_table(comparison: Comparison, runs: Sequence[Run]) -> Table:
-    """Medians (or means) with their spread below them, a row per method or variant."""
-    header, *lines = cells(comparison, runs)
-    spread = spread_name(comparison.mean)
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title=f"{comparison.config}: {spread} over seeds {', '.join(map(str, comparison.seeds))}",
-    )
-    for number, title in enumerate(header):
-        table.add_column(NARROW.get(title, title), justify="left" if number == 0 else "right", no_wrap=True)
-    for line in lines:
+def rich_tables(comparison: Comparison, runs: Sequence[Run]) -> list[Table]:
+    """Medians (or means) with their spread below them, a row per method or variant.
+
+    What only models with a classifier have stands in a table of its own: a terminal has no room for more columns.
+    """
+    columns = _shown(summarise(comparison, runs))
+    title = f"{comparison.config}: {spread_name(comparison.mean)} over seeds {', '.join(map(str, comparison.seeds))}"
+    parts = [
+        (title, [column for column in columns if not column.optional]),
+        ("the models' own classifiers", [column for column in columns if column.optional]),
+    ]
+    return [_rich(name, cells(comparison, runs, chosen)) for name, chosen in parts if chosen]
+
+
+def _rich(title: str, lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
+    for number, name in enumerate(lines[0]):
+        short = name.replace("teacher evaluations / point", "teacher\nevals/point")
+        table.add_column(short, justify="left" if number == 0 else "right", no_wrap=True)
+    for line in lines[1:]:
         table.add_row(*(cell.replace(" (", "\n(") for cell in line))
     return table
 

@@ -56,7 +56,7 @@ MEASURES = (
         share=True,
     ),
     Measure(
-        *("model_accuracy", "accuracy of the model's own classifier", "on test images"),
+        *("model_accuracy", "model accuracy", "of the model's own classifier, on test images"),
         higher_is_better=True,
         share=True,
     ),

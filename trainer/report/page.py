@@ -124,8 +124,8 @@ FORGETTING = paragraph(
 )
 PROBES = paragraph(
     "What the features of the model's encoder tell of the class: probes that learn it from real images of all classes "
-    "seen, of earlier tasks as well, at each level of noise. So they tell what can be found in the features, not what the "
-    "model itself remembers."
+    "seen, of earlier tasks as well, at each level of noise. So they tell what can be found in the features, not what "
+    "the model itself remembers."
 )
 
 

@@ -21,7 +21,7 @@ FORGOTTEN = {
     "forgetting": "FD",
     "forgetting_accuracy": "accuracy",
     "forgetting_classifier_accuracy": "classifier",
-    "forgetting_model_accuracy": "the model's own classifier",
+    "forgetting_model_accuracy": "model accuracy",
     "forgetting_loss": "loss",
 }
 OF_TEST_IMAGES = {  # measures of these, and where their number stands
@@ -95,7 +95,7 @@ def _test_images(count: object) -> str:
 def _own_classifier_rows(final: Result, tasks: int) -> list[list[str]]:
     """The accuracy of the model's own classifier by task, in single numbers."""
     told = {
-        "average_accuracy": ("average accuracy", f"of the model's own classifier, over {tasks} tasks"),
+        "average_accuracy": ("average accuracy", f"model accuracy, as a mean over {tasks} tasks"),
         "backward_transfer": (
             "backward transfer",
             "of it, from right after each task to the end; below 0: forgotten",

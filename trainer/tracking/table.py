@@ -119,11 +119,11 @@ def _own_classifier_rows(final: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Of the classifier that is a part of the model."""
     if "model_accuracy" not in final:
         return []
-    lost = f"the model's; {percent_text(final['forgetting_model_accuracy'])} forgotten"
+    lost = f"own classifier; {percent_text(final['forgetting_model_accuracy'])} forgotten"
     return [
-        ("own classifier", percent_text(final["model_accuracy"]), "", f"{final['model_images']:,} images", lost),
-        ("average accuracy", percent_text(final["average_accuracy"]), "", "", "of it, over tasks"),
-        ("backward transfer", percent_text(final["backward_transfer"]), "", "", "of it; below 0: forgotten"),
+        ("model accuracy", percent_text(final["model_accuracy"]), "", f"{final['model_images']:,} images", lost),
+        ("average accuracy", percent_text(final["average_accuracy"]), "", "", "mean over tasks"),
+        ("backward transfer", percent_text(final["backward_transfer"]), "", "", "since learnt; below 0: forgotten"),
     ]
 
 
