@@ -11,7 +11,7 @@ from rich.console import Console
 
 from trainer.cli import run_main
 from trainer.compare import parse_comparison, run_all
-from trainer.compare_report import remarks, rich_table, write_report
+from trainer.compare_report import remarks, rich_tables, write_report
 
 LOG_WIDTH = 110  # characters, where there is no terminal
 
@@ -21,7 +21,8 @@ def main(argv: list[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     comparison = parse_comparison(argv)
     runs = run_all(comparison, console)
-    console.print(rich_table(comparison, runs))
+    for table in rich_tables(comparison, runs):
+        console.print(table)
     for path in write_report(comparison, runs):
         console.print(str(path), highlight=False, soft_wrap=True)
     for remark in remarks(runs):

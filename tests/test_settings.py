@@ -45,6 +45,8 @@ def test_an_empty_value_empties(tmp_path: Path) -> None:
         ["replay.on_starved=wait", "replay.reuse_cap=2"],
         ["evaluation.bpd_images=0", "evaluation.bpd_timesteps=7"],
         ["evaluation.loss_images=0", "evaluation.timestep_bins=7"],
+        ["evaluation.probe_images=0", "evaluation.probe_timesteps=[7]"],
+        ["evaluation.probe_images=0", "evaluation.probe_neighbours=7"],
         ["replay.placement=external", "replay.hang_timeout=9"],
         ["replay.placement=inline", "replay.timesteps=stratified"],
         ["replay.points=trajectory", "replay.timesteps=stratified"],
@@ -69,6 +71,26 @@ def test_settings_without_effect_are_refused(overrides: list[str]) -> None:
         ConfigError, match=f"{overrides[1].split('=')[0]} has no effect with {overrides[0].split('=')[0]}"
     ):
         load_config("digits", overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.conditional=true", r"evaluation\.probe_images=4: .*model\.conditional"),
+        ("evaluation.probe_timesteps=[]", r"evaluation\.probe_timesteps=\[\]: "),
+        ("evaluation.probe_timesteps=[5,5]", r"evaluation\.probe_timesteps=\[5, 5\]: "),
+        ("evaluation.probe_timesteps=[-1,5]", r"evaluation\.probe_timesteps=\[-1, 5\]: "),
+        ("evaluation.probe_timesteps=[5,300]", r"evaluation\.probe_timesteps=.*diffusion\.timesteps=300"),
+        ("evaluation.probe_neighbours=9", r"evaluation\.probe_neighbours=9: more than the 8 images"),
+        ("evaluation.probe_neighbours=0", r"evaluation\.probe_neighbours=0: "),
+        ("evaluation.probe_images=-1", r"evaluation\.probe_images=-1: "),
+    ],
+)
+def test_probes_that_cannot_learn_are_refused(override: str, named: str) -> None:
+    probed = ["model.conditional=false", "diffusion.timesteps=300", "evaluation.probe_images=4"]
+    load_config("digits", [*probed, "evaluation.probe_timesteps=[0,299]", "evaluation.probe_neighbours=8"])
+    with pytest.raises(ConfigError, match=named):
+        load_config("digits", [*probed, override])
 
 
 def test_a_classifier_weighs_the_buffer_by_the_share() -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from trainer.compare import Comparison, Run
 from trainer.data.shards import write_atomic
-from trainer.report.comparison import Findings, write_comparison
+from trainer.report.comparison import OWN_CLASSIFIER, Findings, write_comparison
 from trainer.report.comparison_figures import Group, Member
 from trainer.report.spread import Statistics, spread_name, spread_text, statistics_of
 from trainer.settings import load_config
@@ -27,11 +27,15 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "numpy")
 
 @dataclass(frozen=True)
 class Column:
-    """One measure of a finished run; None where the run has no such number."""
+    """One measure of a finished run; None where the run has no such number.
+
+    `optional`: shown where some run has it.
+    """
 
     key: str
     title: str
     read: Callable[[dict[str, Any]], float | None]
+    optional: bool = False
 
 
 def _final(key: str) -> Callable[[dict[str, Any]], float | None]:
@@ -60,6 +64,7 @@ COLUMNS = (
     Column("kld", "KLD", _final("kld")),
     Column("accuracy", "accuracy", _final("accuracy")),
     Column("forgetting", "forgetting", _final("forgetting")),
+    *(Column(key, title, _final(key), optional=True) for key, title in OWN_CLASSIFIER.items()),
     Column("seconds", "seconds", _seconds),
     Column("evaluations", "teacher evaluations / point", _evaluations),
 )
@@ -76,15 +81,20 @@ def summarise(comparison: Comparison, runs: Sequence[Run]) -> dict[str, dict[str
     return summary
 
 
-def cells(comparison: Comparison, runs: Sequence[Run]) -> list[list[str]]:
-    """The table as text, header first."""
+def _shown(summary: dict[str, dict[str, Statistics]]) -> list[Column]:
+    return [column for column in COLUMNS if not column.optional or any(column.key in row for row in summary.values())]
+
+
+def cells(comparison: Comparison, runs: Sequence[Run], columns: Sequence[Column] = ()) -> list[list[str]]:
+    """The table as text, header first; of all columns that there are, unless some are named."""
     summary = summarise(comparison, runs)
-    lines = [["", "seeds", *(column.title for column in COLUMNS)]]
+    columns = columns or _shown(summary)
+    lines = [["", "seeds", *(column.title for column in columns)]]
     for row in comparison.rows:
         mine = [run for run in runs if run.row == row.name]
         finished = sum(run.result is not None for run in mine)
         seeds = str(finished) if finished == len(mine) else f"{finished} of {len(mine)}"
-        values = [summary[row.name].get(column.key) for column in COLUMNS]
+        values = [summary[row.name].get(column.key) for column in columns]
         lines.append([row.name, seeds, *(spread_text(value, comparison.mean) for value in values)])
     return lines
 
@@ -98,19 +108,26 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def rich_table(comparison: Comparison, runs: Sequence[Run]) -> Table:
-    """Medians (or means) with their spread below them, a row per method or variant."""
-    header, *lines = cells(comparison, runs)
-    spread = spread_name(comparison.mean)
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title=f"{comparison.config}: {spread} over seeds {', '.join(map(str, comparison.seeds))}",
-    )
-    for number, title in enumerate(header):
-        short = title.replace("teacher evaluations / point", "teacher\nevals/point")
+def rich_tables(comparison: Comparison, runs: Sequence[Run]) -> list[Table]:
+    """Medians (or means) with their spread below them, a row per method or variant.
+
+    What only models with a classifier have stands in a table of its own: a terminal has no room for more columns.
+    """
+    columns = _shown(summarise(comparison, runs))
+    title = f"{comparison.config}: {spread_name(comparison.mean)} over seeds {', '.join(map(str, comparison.seeds))}"
+    parts = [
+        (title, [column for column in columns if not column.optional]),
+        ("the models' own classifiers", [column for column in columns if column.optional]),
+    ]
+    return [_rich(name, cells(comparison, runs, chosen)) for name, chosen in parts if chosen]
+
+
+def _rich(title: str, lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
+    for number, name in enumerate(lines[0]):
+        short = name.replace("teacher evaluations / point", "teacher\nevals/point")
         table.add_column(short, justify="left" if number == 0 else "right", no_wrap=True)
-    for line in lines:
+    for line in lines[1:]:
         table.add_row(*(cell.replace(" (", "\n(") for cell in line))
     return table
 

@@ -360,6 +360,9 @@ class EvaluationConfig:
     bpd_images: int = 0  # test images of each task for the bound on the likelihood; 0: none, it is expensive
     bpd_timesteps: int = 100  # of each of them, spread over strata, for the terms of the bound; T - 1 or more: all
     nearest_training: bool = False  # compare samples with every training image; with a rehearsed buffer: always
+    probe_images: int = 0  # training images of each class that probes of the model's features learn from; 0: no probes
+    probe_timesteps: list[int] = field(default_factory=lambda: [0, 10, 50, 100, 200])  # noise levels of these images
+    probe_neighbours: int = 5  # that vote in the k-NN probe
 
 
 @dataclass

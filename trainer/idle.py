@@ -53,6 +53,10 @@ def check_idle(config: Config, overrides: list[str]) -> None:
         conditions.append(("evaluation.timestep_bins", "evaluation.loss_images=0"))
     if not config.evaluation.bpd_images:
         conditions.append(("evaluation.bpd_timesteps", "evaluation.bpd_images=0"))
+    if not config.evaluation.probe_images:
+        conditions += [
+            (f"evaluation.probe_{what}", "evaluation.probe_images=0") for what in ("timesteps", "neighbours")
+        ]
     conditions += _idle_of_points(config) + _idle_of_the_classifier(config) + _idle_of_jdcl(config)
     shared = config.method.name is MethodName.experience_replay and config.classifier.epochs > 0  # by the classifier
     alone = config.method.name is MethodName.jdcl and not (config.jdcl.real_images or config.classifier.epochs)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer.config import Config, MethodName, Verify
+from trainer.config import Config, MethodName, OwnClassifier, Verify
 from trainer.data.buffer import open_rehearsed
 from trainer.data.dataset import TaskData
 from trainer.evaluation.evaluate import Evaluator, Samples, evaluate, open_evaluator
 from trainer.evaluation.floor import real_floor
 from trainer.evaluation.forgetting import result, write_json
 from trainer.evaluation.memorisation import memorisation
+from trainer.evaluation.representation import probe_row
 from trainer.evaluation.rows import merged
 from trainer.probe import Answers, Probe
 from trainer.run import RunDir
@@ -29,7 +30,7 @@ from trainer.tracking.grid import (
     save_png,
     save_samples,
 )
-from trainer.tracking.table import number_text
+from trainer.tracking.table import best_level, number_text, percent_text
 from trainer.tracking.tracker import Tracker
 from trainer.world import World
 
@@ -127,6 +128,9 @@ class Judge:
         row = merged(evaluate(evaluator, samples, task), *answers.rows)
         row["floor"] = real_floor(evaluator, task, len(samples))
         row["nearest"] = self._nearest(evaluator, task, samples)
+        if answers.represented is not None:
+            settings = self.config.evaluation
+            row["probe"] = probe_row(*answers.represented, settings.probe_timesteps, settings.probe_neighbours)
         return row | self._origin(task), samples
 
     def _nearest(self, evaluator: Evaluator, task: int, samples: Samples) -> dict[str, Any]:
@@ -151,6 +155,10 @@ class Judge:
             "bpd": [settings.bpd_images, settings.bpd_timesteps if settings.bpd_images else 0],
             "nearest_training": settings.nearest_training,
         }
+        if self.config.model.classifier is not OwnClassifier.none:  # rows from before there was one stay as they are
+            extent["classifier"] = "all test images"
+        if settings.probe_images:
+            extent["probe"] = [settings.probe_images, settings.probe_timesteps, settings.probe_neighbours]
         return {"task": task, "sampler": sampler, "extent": extent}
 
     def _row(self, task: int) -> dict[str, Any] | None:
@@ -194,6 +202,23 @@ class Judge:
     def _tell(self, task: int, row: dict[str, Any]) -> None:
         seen = images_of_task(self.config, task)
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        self.tracker.log({**numbers, "task": task, "seen": seen}, event="evaluation")
-        accuracy = "" if row["accuracy"] is None else f"  accuracy {100 * row['accuracy']:.1f} %"
-        self.tracker.note(f"after task {task}: FD {number_text(row['fd'])}  KLD {row['kld']:.3f}{accuracy}")
+        self.tracker.log({**numbers, **_probed(row), "task": task, "seen": seen}, event="evaluation")
+        said = f"after task {task}: FD {number_text(row['fd'])}  KLD {row['kld']:.3f}"
+        if row["accuracy"] is not None:
+            said += f"  accuracy {percent_text(row['accuracy'])}"
+        if "model_accuracy" in row:
+            said += f"  its own classifier {percent_text(row['model_accuracy'])}"
+        if (best := best_level(row, "linear")) is not None:
+            said += f"  linear probe {percent_text(best.accuracy)} at t = {best.timestep}"
+        self.tracker.note(said)
+
+
+def _probed(row: Mapping[str, Any]) -> dict[str, float]:
+    """What the probes reached, as numbers by name."""
+    probe = row.get("probe") or {}
+    return {
+        f"probe_{kind}_t{timestep}": value
+        for kind in ("linear", "knn")
+        for timestep, value in zip(probe.get("timesteps", []), probe.get(kind, []), strict=True)
+        if value is not None
+    }

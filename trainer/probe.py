@@ -17,6 +17,7 @@ from trainer.config import Config, Verify
 from trainer.data.dataset import TaskData
 from trainer.diffusion.likelihood import Posterior, timestep_strata
 from trainer.diffusion.schedules import NoiseSchedule
+from trainer.evaluation.continual_classifier import accuracy_row, classify
 from trainer.evaluation.evaluate import Evaluator, Samples
 from trainer.evaluation.generate import Sampling, balanced_count, generate, share_indices
 from trainer.evaluation.real_images import (
@@ -28,6 +29,7 @@ from trainer.evaluation.real_images import (
     loss_row,
     smallest_seeds,
 )
+from trainer.evaluation.representation import Encode, Represented, features_at, probe_choice
 from trainer.models.denoiser import Denoiser
 from trainer.models.teacher import load_teacher
 from trainer.run import RunDir
@@ -37,10 +39,14 @@ from trainer.world import World
 
 @dataclass(frozen=True)
 class Answers:
-    """Samples as the judges see them, and the rows of what was made of real images."""
+    """Samples as the judges see them, and the rows of what was made of real images.
+
+    `represented`: features of training and of test images, for probes; None where there are none.
+    """
 
     samples: Samples
     rows: list[dict[str, Any]]
+    represented: tuple[Represented, Represented] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,8 @@ class Probe:
             batch=self.config.evaluation.batch,
             device=self.world.device,
         )
-        return Answers(
-            self._seen(evaluator, images, asked), [*self._losses(measured, task), *self._bound(measured, task)]
-        )
+        rows = [*self._losses(measured, task), *self._bound(measured, task), *self._classified(model, task)]
+        return Answers(self._seen(evaluator, images, asked), rows, self._represented(measured, model.features, task))
 
     def replayed(self, task: int, count: int) -> NDArray[np.uint8]:
         """Images (n, C, H, W), n >= `count`, of the model learnt up to `task`, as many of each of its classes; the same
@@ -124,16 +129,52 @@ class Probe:
         (terms,) = self._shared(len(data), lambda rows: [bound_terms(measured, read(data, tasks, rows), count)])
         return [bound_row(terms, tasks, task, timestep_strata(measured.schedule.timesteps, count).tolist())]
 
+    def _classified(self, model: Denoiser, task: int) -> list[dict[str, Any]]:
+        """What the model's own classifier, where it has one, makes of all test images of the tasks learnt."""
+        if model.head is None:
+            return []
+        data, tasks = _joined([self._images("test", [number]) for number in range(1, task + 1)])
+        classes, batch = self.config.classes_until(task), self.config.evaluation.batch
+
+        def logits(view: Tensor) -> Tensor:
+            return model.classify(view)[:, classes]
+
+        def work(rows: NDArray[np.int64]) -> list[Tensor]:
+            parts = [rows[start : start + batch] % len(data) for start in range(0, len(rows), batch)]
+            told = [classify(logits, classes, data.read(part), self.world.device) for part in parts]
+            return [torch.from_numpy(np.concatenate(told))]
+
+        (predicted,) = self._shared(len(data), work)
+        return [accuracy_row(predicted, data.labels, tasks, "model")]
+
+    def _represented(self, measured: Measured, encode: Encode, task: int) -> tuple[Represented, Represented] | None:
+        """Features of as many images of each class learnt, of the training and of the test split."""
+        chosen = self.config.evaluation
+        if not chosen.probe_images:
+            return None
+        found: list[Represented] = []
+        for split in ("train", "test"):
+            data = self._images(split, list(range(1, task + 1)))
+            data = data.subset(probe_choice(data.keys, data.labels, chosen.probe_images, self.config.run.seed))
+            nothing = np.zeros(len(data), dtype=np.int64)  # of which task an image is does not matter
+
+            def work(
+                rows: NDArray[np.int64], data: TaskData = data, tasks: NDArray[np.int64] = nothing
+            ) -> list[Tensor]:
+                return [features_at(measured, encode, read(data, tasks, rows), chosen.probe_timesteps)]
+
+            found.append(Represented(self._shared(len(data), work)[0], data.labels))
+        return found[0], found[1]
+
     def _real(self, last: int, count: int) -> tuple[TaskData | None, NDArray[np.int64]]:
         """The same `count` test images of each task up to `last`, and the task of each; None for no images."""
         if not count:
             return None, np.empty(0, dtype=np.int64)
-        root, parts = Path(self.config.data.root), []
-        for task in range(1, last + 1):
-            data = TaskData.open(root, "test", [task], Verify.size)
-            parts.append(data.subset(smallest_seeds(data.keys, count, self.config.run.seed)))
-        tasks = np.repeat(np.arange(1, last + 1), [len(part) for part in parts])
-        return TaskData.concat(parts), tasks.astype(np.int64)
+        parts = [self._images("test", [task]) for task in range(1, last + 1)]
+        return _joined([part.subset(smallest_seeds(part.keys, count, self.config.run.seed)) for part in parts])
+
+    def _images(self, split: str, tasks: list[int]) -> TaskData:
+        return TaskData.open(Path(self.config.data.root), split, tasks, Verify.size)
 
     def _shared(self, count: int, work: Callable[[NDArray[np.int64]], Sequence[Tensor]]) -> list[NDArray[Any]]:
         """The tensors (count, ...) that `work` gives of all indices, each rank doing its part of them.
@@ -152,6 +193,12 @@ class Probe:
         if self.world.any(stopped is not None):
             raise stopped or Stopped("another rank was stopped")
         return [self.world.all_gather(part.to(self.world.device)).cpu()[:count].numpy() for part in parts]
+
+
+def _joined(parts: list[TaskData]) -> tuple[TaskData, NDArray[np.int64]]:
+    """The images of tasks 1, 2, ... one after another, and the task of each."""
+    tasks = np.repeat(np.arange(1, len(parts) + 1), [len(part) for part in parts])
+    return TaskData.concat(parts), tasks.astype(np.int64)
 
 
 def read(data: TaskData, tasks: NDArray[np.int64], rows: NDArray[np.int64]) -> RealImages:

@@ -47,6 +47,17 @@ def smallest(run_seed: int, purpose: str, keys: UInt64, count: int) -> NDArray[n
     return np.lexsort((keys, rank))[:count].astype(np.int64)
 
 
+def smallest_of_each(
+    run_seed: int, purpose: str, keys: UInt64, labels: NDArray[np.int64], count: int
+) -> NDArray[np.int64]:
+    """The same of each label: indices of at most `count` samples of each, labels in rising order."""
+    rank = derive(run_seed, purpose, keys).view(np.uint64)
+    ranked = np.lexsort((keys, rank, labels))
+    ordered = labels[ranked]
+    starts = np.searchsorted(ordered, ordered)  # first position of each sample's label
+    return ranked[np.arange(len(ranked)) - starts < count].astype(np.int64)
+
+
 def _mix(x: UInt64) -> UInt64:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -33,6 +33,7 @@ from trainer.data.tasks import split_classes
 from trainer.errors import ConfigError, one_line
 from trainer.idle import COMMAND_LINE, check_idle
 from trainer.merging import default_settings, flatten, merge_settings, read_dotlist, read_file, settings_in, to_config
+from trainer.probe_settings import check_probes
 from trainer.yaml_text import Unreadable, read_yaml
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -187,6 +188,7 @@ def check(config: Config) -> None:
         *(_check_replay, _check_train),
     ):
         rule(config)
+    check_probes(config, task_classes(config.data))
 
 
 def check_engine(config: Config, device_type: str) -> None:
@@ -246,9 +248,9 @@ def _check_numbers(config: Config) -> None:
         "replay.reuse replay.shard_trajectories replay.sampler_batch replay.workers "
         "replay.devices_per_node replay.threads replay.timeout replay.pool_gb replay.reuse_cap replay.hang_timeout "
         "evaluation.samples evaluation.steps evaluation.batch evaluation.grid_per_class evaluation.classifier_epochs "
-        "evaluation.timestep_bins evaluation.bpd_timesteps checkpoint.keep tracking.profile_start "
+        "evaluation.timestep_bins evaluation.bpd_timesteps evaluation.probe_neighbours checkpoint.keep "
         "method.fisher_images method.fisher_draws classifier.batch classifier.lr classifier.temperature "
-        "jdcl.candidates"
+        "tracking.profile_start jdcl.candidates"
     )
     natural = (
         "train.threads replay.points_per_trajectory replay.batch replay.restarts replay.pool_shards replay.eta "
@@ -256,7 +258,7 @@ def _check_numbers(config: Config) -> None:
         "optimizer.eps optimizer.weight_decay optimizer.warmup_images optimizer.clip_norm method.distillation_weight "
         "method.rehearsal_coefficient checkpoint.every_images model.dropout tracking.wandb_samples "
         "method.penalty_weight method.min_snr method.buffer_per_class method.buffer_size model.max_classes "
-        "train.peak_tflops tracking.profile_steps evaluation.loss_images evaluation.bpd_images "
+        "train.peak_tflops tracking.profile_steps evaluation.loss_images evaluation.bpd_images evaluation.probe_images "
         "classifier.epochs classifier.replay_images jdcl.global_images jdcl.classification_weight jdcl.noise_weight "
         "jdcl.label_weight jdcl.logit_weight jdcl.warmup_images jdcl.strong_operations jdcl.strong_magnitude "
         "jdcl.fixmatch_weight"

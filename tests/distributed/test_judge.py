@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from tests.distributed.conftest import Pools
 from tests.distributed.judge_cases import SETTINGS, judge, open_judge
+from trainer.config import Verify
+from trainer.data.dataset import TaskData
+from trainer.models.teacher import load_teacher
 from trainer.run import RunDir
 from trainer.settings import load_config
 from trainer.tracking.table import plain_result
@@ -112,6 +117,63 @@ def test_two_ranks_teach_it_what_one_does(taught: dict[str, Any], pools: Pools, 
             for content in (taught, main)
         )
         assert one == pytest.approx(two, abs=0.05)  # a pixel of what is replayed may be rounded the other way
+
+
+OWN = [
+    *("method.name=finetune", "model.conditional=false", "model.classifier=joint", "evaluation.loss_images=0"),
+    *("evaluation.probe_images=20", "evaluation.probe_timesteps=[0,300]", "evaluation.probe_neighbours=3"),
+]
+
+
+@pytest.fixture(scope="module")
+def own(place: Path) -> dict[str, Any]:
+    return judge(ALONE, str(place), "own", OWN)
+
+
+def test_the_result_has_the_models_own_classifier_and_probes(own: dict[str, Any], place: Path) -> None:
+    """The accuracy of the model of task 2 on task 1, by its logits of the classes learnt."""
+    model, _, _ = load_teacher(RunDir(place / "own").teacher(2), "cpu")
+    data = TaskData.open(place / "data", "test", [1], Verify.size)
+    images = torch.from_numpy(data.read(np.arange(len(data)))).float() / 127.5 - 1.0
+    with torch.no_grad():
+        told = model.classify(images)[:, :4].argmax(dim=1).numpy()  # learnt are 0, 1, 2 and 3
+    final, matrix = own["final"], own["matrix"]["model_accuracy"]
+    assert matrix[1][0] == pytest.approx(np.mean(told == data.labels)) and matrix[0][1] is None
+    assert final["average_accuracy"] == pytest.approx((matrix[1][0] + matrix[1][1]) / 2)
+    assert final["backward_transfer"] == pytest.approx(matrix[1][0] - matrix[0][0])
+    probe = final["probe"]
+    assert (probe["timesteps"], probe["images"], probe["test_images"]) == ([0, 300], 80, 80)
+    assert probe["linear"][0] > 0.7 and len(probe["knn"]) == 2  # features of fresh weights hold a lot of digits
+    assert own["after_task"][0]["probe"]["images"] == 40
+
+
+def test_two_ranks_ask_a_model_what_one_does(own: dict[str, Any], pools: Pools, place: Path) -> None:
+    main, other = pools[2].run("judge", root=str(place), name="own-by-two", settings=OWN, limit=280)
+    assert other == {}
+    one, two = (
+        {where: value for where, value in flat(content["final"]).items() if "model" in where or "probe" in where}
+        for content in (own, main)
+    )
+    assert one == pytest.approx(two, abs=0.03) and len(one) > 8  # an image may lie on the edge between two classes
+
+
+def test_rows_of_other_probes_are_made_again_and_the_log_tells_of_them(own: dict[str, Any], place: Path) -> None:
+    assert own["final"]["probe"]["neighbours"] == 3
+    config = load_config("digits", [f"data.root={place}/data", *SETTINGS, *OWN])
+    run = RunDir(place / "own")
+    same = open_judge(config, run, ALONE)
+    assert not same._stale(2)
+    for key, value in (("probe_images", 0), ("probe_timesteps", [0, 200]), ("probe_neighbours", 4)):
+        changed = load_config("digits", [f"data.root={place}/data", *SETTINGS, *OWN])
+        setattr(changed.evaluation, key, value)
+        assert open_judge(changed, run, ALONE)._stale(2), key
+    said, logged = [], []
+    same.tracker = SimpleNamespace(note=said.append, log=lambda numbers, event: logged.append(numbers))  # pyright: ignore
+    row = json.loads(run.evaluation(2).read_text())
+    same._tell(2, row)
+    assert f"its own classifier {100 * row['model_accuracy']:.1f} %" in said[0] and "linear probe" in said[0]
+    assert logged[0]["model_accuracy"] == row["model_accuracy"]
+    assert logged[0]["probe_knn_t300"] == row["probe"]["knn"][1]
 
 
 def test_rows_of_other_settings_are_made_again(judged: dict[str, Any], place: Path) -> None:

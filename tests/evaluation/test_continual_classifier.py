@@ -166,7 +166,10 @@ def test_every_replayed_image_comes_as_often() -> None:
 
 
 def test_accuracy_over_all_images_and_of_each_task() -> None:
-    row = accuracy_row(np.array([1, 2, 3, 3, 5]), np.array([1, 2, 2, 3, 4]), np.array([1, 1, 1, 2, 2]))
+    told = np.array([1, 2, 3, 3, 5]), np.array([1, 2, 2, 3, 4]), np.array([1, 1, 1, 2, 2])
+    row = accuracy_row(*told)
+    own = accuracy_row(*told, "model")
+    assert (own["model_accuracy"], own["model_images"], own["tasks"][1]["model_accuracy"]) == (0.6, 5, 0.5)
     assert (row["classifier_accuracy"], row["classifier_images"]) == (0.6, 5)
     assert row["tasks"] == [
         {"task": 1, "classifier_accuracy": pytest.approx(2 / 3), "classifier_images": 3},

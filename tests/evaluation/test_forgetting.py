@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from trainer.evaluation.forgetting import average, metric_matrix, result, task_forgetting, write_json
+from trainer.evaluation.forgetting import (
+    average,
+    backward_transfer,
+    metric_matrix,
+    result,
+    task_forgetting,
+    write_json,
+)
 from trainer.evaluation.rows import merged
 
 COST = {
@@ -55,6 +62,26 @@ def test_a_classifier_forgets_like_any_accuracy() -> None:
     assert content["after_task"][1]["classifier_accuracy"] == content["final"]["classifier_accuracy"] == 0.7
     alone = result("finetune", rows[:1], COST)
     assert alone["final"]["forgetting_classifier_accuracy"] is None and "matrix" in alone
+
+
+def test_a_model_that_classifies_has_accuracy_and_backward_transfer_of_lopez_paz() -> None:
+    """Equations 2 and 3: (0.5 + 0.9 + 1.0) / 3, and ((0.5 - 0.9) + (0.9 - 0.8)) / 2."""
+    values = [[0.9], [0.95, 0.8], [0.5, 0.9, 1.0]]
+    rows = [
+        merged(one, {"model_accuracy": 0.7, "model_images": 9, "tasks": [{"model_accuracy": value} for value in own]})
+        for one, own in zip(ROWS, values, strict=True)
+    ]
+    content = result("jdcl", rows, COST)
+    final = content["final"]
+    assert content["matrix"]["model_accuracy"] == [[0.9, None, None], [0.95, 0.8, None], [0.5, 0.9, 1.0]]
+    assert final["average_accuracy"] == pytest.approx(0.8) and final["backward_transfer"] == pytest.approx(-0.15)
+    assert final["forgetting_model_accuracy"] == pytest.approx(((0.95 - 0.5) + (0.8 - 0.9)) / 2)
+    assert content["after_task"][1]["model_accuracy"] == final["model_accuracy"] == 0.7 and final["model_images"] == 9
+    assert backward_transfer([[0.9, None], [None, 0.5]]) == [None]
+    alone = result("jdcl", rows[:1], COST)["final"]
+    assert alone["average_accuracy"] == 0.9
+    assert alone["backward_transfer"] is None and alone["forgetting_model_accuracy"] is None
+    assert "average_accuracy" not in result("finetune", ROWS, COST)["final"]
 
 
 def test_missing_values_and_a_single_task() -> None:

@@ -47,6 +47,23 @@ def entry(draw: np.random.Generator, task: int, age: int, everything: bool) -> d
     return row
 
 
+LEVELS = [0, 10, 50, 100]
+
+
+def own_classifier(draw: np.random.Generator, rows: list[dict[str, Any]]) -> None:
+    """Adds what is measured of an unconditional model with a classifier."""
+    for i, row in enumerate(rows, 1):
+        for entry in row["tasks"]:
+            entry |= {"model_accuracy": float(draw.uniform(0.9, 1.0) / (1 + i - entry["task"])), "model_images": 50}
+        curve = np.array([0.9, 0.95, 0.8, 0.6]) / (1 + 0.1 * i)
+        row["model_accuracy"] = float(np.mean([entry["model_accuracy"] for entry in row["tasks"]]))
+        row["model_images"] = 50 * i
+        row["probe"] = {
+            **{"timesteps": LEVELS, "linear": curve.tolist(), "knn": (0.9 * curve).tolist()},
+            **{"neighbours": 5, "images": 1200 * i, "test_images": 60 * i},
+        }
+
+
 def make_rows(tasks: int, seed: int = 0, everything: bool = True) -> list[dict[str, Any]]:
     """One evaluation after each task, with all measures or with those of the first version."""
     draw = np.random.default_rng(seed)
@@ -93,15 +110,26 @@ def log_lines(tasks: int, images: int) -> list[dict[str, Any]]:
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
     """A finished run of `tasks` tasks of two classes each, with all measures, or with `everything=False` with those of
-    the first version and without a log, samples and real images."""
+    the first version and without a log, samples and real images; `classifying`: of a model with a classifier."""
 
-    def make(name: str = "a-run", tasks: int = 3, *, everything: bool = True, seed: int = 0, **changes: Any) -> RunDir:
+    def make(
+        name: str = "a-run",
+        tasks: int = 3,
+        *,
+        everything: bool = True,
+        classifying: bool = False,
+        seed: int = 0,
+        **changes: Any,
+    ) -> RunDir:
         run = RunDir(tmp_path / name)
         config = Config()
         config.run.name, config.run.seed, config.method.name = name, seed, MethodName.generative_replay
         config.data.tasks = [[2 * task, 2 * task + 1] for task in range(tasks)]
         config.data.name, config.train.images_per_task = "stripes", 100
-        content = result("generative_replay", make_rows(tasks, seed, everything), COST, seed=seed)
+        rows = make_rows(tasks, seed, everything)
+        if classifying:
+            own_classifier(np.random.default_rng(seed), rows)
+        content = result("generative_replay", rows, COST, seed=seed)
         if everything:
             content["replay"] = {"events": {"corrupt_shard": 3, "disk_full": 0}}
         run.root.mkdir(parents=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.report.checks import read_page, rows, sections
 from tests.report.conftest import MakeRun
 from trainer.compare import Comparison, Row, Run
-from trainer.compare_report import write_report
+from trainer.compare_report import cells, rich_tables, write_report
 from trainer.report.comparison_figures import Group, Member, matrix_comparisons, overview, timestep_figure
 from trainer.report.measures import BY_KEY, as_array, digits
 from trainer.report.spread import band
@@ -132,6 +132,31 @@ def test_what_some_seeds_lack_is_left_out_of_the_middle() -> None:
     np.testing.assert_allclose(high - middle, [np.sqrt(2.0), 0.0, np.nan])
     np.testing.assert_allclose(band(values, mean=False)[1], [1.0, 5.0, np.nan])
     assert low.shape == (3,)
+
+
+def test_models_that_classify_have_columns_of_their_own(runs: list[Run], make_run: MakeRun, tmp_path: Path) -> None:
+    """One row's models classify, the other's do not; results from before there were such models have no column."""
+    before = cells(comparison(tmp_path, mean=False), runs)
+    assert before[0][5:7] == ["forgetting", "seconds"] and len(rich_tables(comparison(tmp_path, mean=False), runs)) == 1
+    for run in runs[1::2]:
+        run.directory = make_run(f"own-seed{run.seed}", tasks=3, classifying=True, seed=run.seed)
+        run.result = json.loads(run.directory.metrics.read_text())
+    write_report(comparison(tmp_path, mean=True), runs)
+    found = sections(read_page(tmp_path / "index.html"))
+    header, plain, better = rows(found["results"].all("table")[0])
+    places = [header.index(name) for name in ("average accuracy", "accuracy forgotten", "BWT")]
+    finals = [run.result["final"] for run in runs[1::2] if run.result]
+    keys = ("average_accuracy", "forgetting_model_accuracy", "backward_transfer")
+    for place, key in zip(places, keys, strict=True):
+        values = [final[key] for final in finals]
+        assert plain[place] == "-" and better[place] == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+    listed = rows(found["runs"].all("table")[0])
+    one = dict(zip(listed[0], listed[3], strict=True))
+    assert one["average accuracy"] == digits(finals[0]["average_accuracy"]) and one["training"] == "1:15"
+    assert (tmp_path / "figures" / "compare-matrix-model-accuracy.png").exists()
+    tables = rich_tables(comparison(tmp_path, mean=True), runs)
+    assert [str(column.header) for column in tables[1].columns][2:] == [header[place] for place in places]
+    assert len(tables[0].columns) == len(before[0])
 
 
 def test_names_from_outside_and_failed_runs(runs: list[Run], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tests.report.conftest import MakeRun, log_lines
 from trainer.report.drawing import ANNOTATED, Drawn, colour_map, colour_norm
 from trainer.report.figures import course_figures, due_shares, forgetting_figure, matrix_figures
 from trainer.report.measures import BY_KEY, as_array, digits
+from trainer.report.representation import probe_figure
 from trainer.report.timesteps import bound_figure, forgetting_map, loss_curves
 from trainer.report.training import logged, training_figures
 
@@ -135,6 +136,32 @@ def test_terms_of_the_bound_are_those_of_single_timesteps(result: dict[str, Any]
     np.testing.assert_allclose(heights, [1.0, 0.5 / 8, 0.25 / 90, 0.125 / 900])
     np.testing.assert_array_equal(edges, [1, 2, 10, 100, 1000])
     assert "1.25 are the decoder's" in (drawn.caption if (drawn := bound_figure(result)) else "")
+
+
+def test_probes_of_earlier_tasks_are_fainter(make_run: MakeRun) -> None:
+    probed = json.loads(make_run("probed", tasks=4, classifying=True).metrics.read_text())
+    probed["after_task"][0]["probe"]["linear"] = [None] * 4  # of a first task with one class
+    for axes, kind in zip(axes_of(probe_figure(probed))[:2], ("linear", "knn"), strict=True):
+        shown = axes.get_lines()
+        opacities = [line.get_alpha() or 0.0 for line in shown]
+        assert opacities == sorted(set(opacities)) and opacities[-1] == 1.0 and len(shown) == 4
+        for line, row in zip(shown, probed["after_task"], strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), [0, 10, 50, 100])
+            np.testing.assert_array_equal(line.get_ydata(), as_array(row["probe"][kind]))
+    del probed["after_task"][0]["probe"], probed["after_task"][1]["probe"], probed["after_task"][2]["probe"]
+    assert len(axes_of(probe_figure(probed))[0].get_lines()) == 1
+
+
+def test_a_model_that_classifies_has_bars_and_a_course(make_run: MakeRun, result: dict[str, Any]) -> None:
+    own = json.loads(make_run("own", tasks=4, classifying=True).metrics.read_text())
+    assert probe_figure(result) is None and len(axes_of(forgetting_figure(result))) == 3
+    bars = axes_of(forgetting_figure(own))[2]
+    matrix = as_array(own["matrix"]["model_accuracy"])
+    wanted = [matrix[j:-1, j].max() - matrix[-1, j] for j in range(3)]
+    assert [bar.get_height() for bar in bars.patches] == pytest.approx(wanted)  # pyright: ignore
+    course = next(figure for figure in course_figures(own) if figure.name == "course-accuracy")
+    shown = lines(axes_of(course)[0])["model accuracy"]
+    np.testing.assert_array_equal(shown, [row["model_accuracy"] for row in own["after_task"]])
 
 
 def test_what_was_logged_over_the_images_seen() -> None:

@@ -134,6 +134,28 @@ def test_one_task_and_twenty(make_run: MakeRun, tasks: int) -> None:
     assert {"timesteps", "samples", "training"} <= found.keys()
 
 
+def test_a_model_that_classifies_and_its_features_are_shown(make_run: MakeRun) -> None:
+    run = make_run(tasks=3, classifying=True)
+    result = json.loads(run.metrics.read_text())
+    final, matrix = result["final"], result["matrix"]["model_accuracy"]
+    report = write_report(run)
+    found = sections(read_page(report.index))
+    assert "representation" in found and {"probes", "matrix-model-accuracy"} <= report.figures.keys()
+    lines = {line[0]: line[1:] for line in rows(found["end"].all("table")[0])}
+    assert lines["model accuracy"][:4] == [f"{final['model_accuracy']:.3f}", "", "↑", "150 test images"]
+    assert lines["average accuracy"][0] == f"{np.mean(matrix[-1]):.3f}" and "1706.08840" in lines["average accuracy"][5]
+    transfer = np.mean([matrix[2][0] - matrix[0][0], matrix[2][1] - matrix[1][1]])
+    assert lines["backward transfer"][0] == f"{transfer:.3f}" and transfer < 0
+    assert lines["linear probe"][:4] == [f"{0.95 / 1.3:.3f}", "", "↑", "180 test images"]
+    assert "3,600 training images" in lines["linear probe"][4] and "t = 10" in lines["k-NN probe"][4]
+    assert lines["forgetting, model accuracy"][0] == f"{final['forgetting_model_accuracy']:.3f}"
+    numbers = rows(found["representation"].all("table")[0])
+    assert numbers[0] == ["probe, after task", "t = 0", "t = 10", "t = 50", "t = 100"] and len(numbers) == 7
+    assert numbers[3] == ["linear probe, 3", *(f"{value / 1.3:.3f}" for value in (0.9, 0.95, 0.8, 0.6))]
+    old = sections(read_page(write_report(make_run("old")).index))
+    assert "representation" not in old and "average accuracy" not in old["end"].content
+
+
 def test_the_classifier_learnt_with_the_tasks_is_shown_where_there_is_one(make_run: MakeRun) -> None:
     run = make_run(tasks=2)
     assert "classifier learnt" not in sections(read_page(write_report(run).index))["end"].content

@@ -45,6 +45,16 @@ def test_unconditional_run_has_no_accuracy_and_names_lost_tasks(make_result: Mak
     assert "nothing generated of task 1, 2" in text and "accuracy" not in text
 
 
+def test_a_model_that_classifies_and_its_probes_have_rows(make_result: MakeResult) -> None:
+    """Three tasks: 0.8, 0.9 and 1.0 at the end, 1.0 each when learnt."""
+    text = plain_result(make_result(3, conditional=False, classifying=True))
+    found = {row[0]: row[1:] for row in rows(text)}
+    assert found["model accuracy"] == ["90.0 %", "", "3,000 images", "own classifier; 15.0 % forgotten"]
+    assert found["average accuracy"][0] == "90.0 %" and found["backward transfer"][0] == "-15.0 %"
+    assert found["linear probe"] == ["87.5 %", "", "1,200 images", "of features; best of 2 levels: t = 50"]
+    assert "k-NN probe" not in found and max(map(len, text.splitlines())) <= 100
+
+
 @pytest.mark.parametrize(("tasks", "width", "every"), [(5, 80, True), (6, 80, False), (10, 120, True), (20, 99, False)])
 def test_wide_tables_are_shortened(make_result: MakeResult, tasks: int, width: int, every: bool) -> None:
     text = plain_result(make_result(tasks), width=width)

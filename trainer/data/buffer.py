@@ -18,7 +18,7 @@ from trainer.data.dataset import KEY, TaskData, open_directory
 from trainer.data.files import FilePool
 from trainer.data.shards import LABEL_EXTENSION, Sample, read_index, write_index, write_shard
 from trainer.errors import UserError
-from trainer.seeds import derive, smallest
+from trainer.seeds import smallest, smallest_of_each
 
 SHARD_NAME = "buffer.tar"
 
@@ -29,11 +29,7 @@ def select(data: TaskData, per_class: int, seed: int, task: int) -> NDArray[np.i
     The samples with the smallest derived seeds win, so the choice does not depend on how shards are cut or ordered.
     Classes in order of their ids, samples in order of their derived seeds.
     """
-    rank = derive(seed, f"buffer/{task}", data.keys).view(np.uint64)
-    ranked = np.lexsort((data.keys, rank, data.labels))
-    labels = data.labels[ranked]
-    starts = np.searchsorted(labels, labels)  # first position of each sample's class
-    return ranked[np.arange(len(ranked)) - starts < per_class].astype(np.int64)
+    return smallest_of_each(seed, f"buffer/{task}", data.keys, data.labels, per_class)
 
 
 def reservoir(data: TaskData, size: int, seed: int) -> NDArray[np.int64]:

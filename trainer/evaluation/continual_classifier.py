@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,27 +127,34 @@ def distillation_loss(logits: Tensor, old_logits: Tensor, temperature: float) ->
 
 
 def classify(
-    network: Network, classes: Sequence[int], images: NDArray[np.uint8], device: torch.device
+    logits: Callable[[Tensor], Tensor], classes: Sequence[int], images: NDArray[np.uint8], device: torch.device
 ) -> NDArray[np.int64]:
-    """The likeliest class id of each image (n, C, H, W), shape (n,)."""
-    return np.asarray(classes, dtype=np.int64)[mapped(network, images, device).argmax(axis=1)]
+    """The likeliest class id of each image (n, C, H, W), shape (n,).
+
+    Args:
+        logits: of images (n, C, H, W) in [-1, 1], one output for each of `classes`, in their order.
+    """
+    return np.asarray(classes, dtype=np.int64)[mapped(logits, images, device).argmax(axis=1)]
 
 
-def accuracy_row(predicted: NDArray[np.int64], labels: NDArray[np.int64], tasks: NDArray[np.int64]) -> dict[str, Any]:
+def accuracy_row(
+    predicted: NDArray[np.int64], labels: NDArray[np.int64], tasks: NDArray[np.int64], whose: str = "classifier"
+) -> dict[str, Any]:
     """Share of test images whose class is told, as JSON values.
 
     Args:
         predicted, labels, tasks: class ids told, true class ids, and the task of each image, (n,); tasks from 1 up
             without a gap.
+        whose: the prefix of the keys: "classifier", or "model" of a model's own classifier.
 
     Returns:
-        classifier_accuracy, over all images of the tasks learnt; classifier_images, their number; the same for each of
+        <whose>_accuracy, over all images of the tasks learnt; <whose>_images, their number; the same for each of
         `tasks`.
     """
 
     def part(chosen: NDArray[np.bool_]) -> dict[str, Any]:
         hits = (predicted == labels)[chosen]
-        return {"classifier_accuracy": float(hits.mean()), "classifier_images": len(hits)}
+        return {f"{whose}_accuracy": float(hits.mean()), f"{whose}_images": len(hits)}
 
     every = np.ones(len(labels), dtype=np.bool_)
     return part(every) | {"tasks": [{"task": task, **part(tasks == task)} for task in range(1, int(tasks.max()) + 1)]}

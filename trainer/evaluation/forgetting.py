@@ -14,7 +14,7 @@ Matrix = list[list[float | None]]
 TASK_METRICS = ("fd", "accuracy", "share")  # measured for single tasks
 MORE_TASK_METRICS = (  # where they were taken
     *("precision", "recall", "density", "coverage", "loss", "loss_bins", "bpd"),
-    "classifier_accuracy",
+    *("classifier_accuracy", "model_accuracy"),
 )
 COST_KEYS = ("train_seconds", "teacher_evaluations", "replay_points_used", "starved_seconds", "images_per_second")
 FLOOR_METRICS = ("fd", "accuracy", "precision", "recall", "density", "coverage")
@@ -42,6 +42,21 @@ def task_forgetting(matrix: Matrix, *, higher_is_better: bool) -> list[float | N
         else:
             forgotten.append(max(before) - end if higher_is_better else end - min(before))
     return forgotten
+
+
+def backward_transfer(matrix: Matrix) -> list[float | None]:
+    """What learning the later tasks did to each task (Lopez-Paz and Ranzato 2017, arXiv 1706.08840, eq. 3).
+
+    a[T][j] - a[j][j], with a[i][j] the accuracy on task j after learning task i: below 0 is forgetting. Unlike
+    `task_forgetting` it starts from where the task was learnt, and has the sign of the accuracy.
+
+    Returns:
+        One value for each task before the last, shape (T - 1,), whose mean is their BWT; None where one is missing.
+    """
+    return [
+        None if end is None or (learnt := matrix[task][task]) is None else end - learnt
+        for task, end in enumerate(matrix[-1][:-1])
+    ]
 
 
 def average(values: Sequence[float | None]) -> float | None:
@@ -105,6 +120,8 @@ def result(
         (nearly) nothing of them; they have no value in "forgetting". With losses final has "forgetting_loss" (mean over
         tasks and bins) and "forgetting_loss_bins" (`loss_forgetting`), and there is "loss_before" (`losses_before`).
         With a classifier that learns the tasks final has "forgetting_classifier_accuracy", like "forgetting_accuracy".
+        With one in the model it has "average_accuracy" (ACC of Lopez-Paz and Ranzato 2017, eq. 2: the mean over tasks
+        of its accuracies at the end), "forgetting_model_accuracy" and "backward_transfer", both as means over tasks.
         floor: `floor_matrices`; over the classes seen it is in after_task and final, as their own "floor".
     """
     assert rows and len({row["evaluator"] for row in rows}) == 1, "rows of one evaluator"
@@ -134,6 +151,8 @@ def result(
     if "classifier_accuracy" in taken:
         forgotten = task_forgetting(matrices["classifier_accuracy"], higher_is_better=True)
         content["final"]["forgetting_classifier_accuracy"] = average(forgotten)
+    if "model_accuracy" in taken:
+        content["final"] |= _of_the_model(matrices["model_accuracy"])
     if "floor" in rows[-1]:
         content["floor"] = floor_matrices(rows)
     return content | extra
@@ -146,6 +165,15 @@ def _forgetting(matrices: Mapping[str, Matrix]) -> dict[str, Any]:
         "forgetting_accuracy": average(task_forgetting(matrices["accuracy"], higher_is_better=True)),
         "forgetting_per_task": fd,
         "lost_tasks": [task + 1 for task, value in enumerate(matrices["fd"][-1]) if value is None],
+    }
+
+
+def _of_the_model(matrix: Matrix) -> dict[str, Any]:
+    """The accuracy of the model's own classifier in single numbers."""
+    return {
+        "average_accuracy": average(matrix[-1]),
+        "forgetting_model_accuracy": average(task_forgetting(matrix, higher_is_better=True)),
+        "backward_transfer": average(backward_transfer(matrix)),
     }
 
 

@@ -76,7 +76,7 @@ def bin_losses(measured: Measured, real: RealImages, bins: int) -> Tensor:
     """
     edges = timestep_bins(measured.schedule.timesteps, bins)
     losses = torch.empty(len(real), bins)
-    for part, rows, columns in _pairs(real, bins, measured.batch):
+    for part, rows, columns in pairs(real, bins, measured.batch):
         noised = _noise(measured, part, columns, edges, "loss")
         prediction = measured.predict(noised.x, noised.t, noised.label).float()
         losses[rows, columns] = (prediction - noised.target).square().flatten(1).mean(dim=1).cpu()
@@ -95,7 +95,7 @@ def bound_terms(measured: Measured, real: RealImages, count: int) -> Tensor:
     edges = torch.cat([torch.zeros(1, dtype=torch.int64), strata])  # timestep 0 before them: the decoder
     widths = edges.diff().double()
     terms = torch.empty(len(real), 1 + len(widths), dtype=torch.float64)
-    for part, rows, columns in _pairs(real, len(widths), measured.batch):
+    for part, rows, columns in pairs(real, len(widths), measured.batch):
         noised = _noise(measured, part, columns, edges, "bound")
         nats = _terms_at(measured, noised).cpu()
         terms[rows, 1 + columns] = nats * widths[columns]
@@ -174,7 +174,7 @@ class _Noised:
     target: Tensor
 
 
-def _pairs(real: RealImages, columns: int, batch: int) -> Iterator[tuple[RealImages, Tensor, Tensor]]:
+def pairs(real: RealImages, columns: int, batch: int) -> Iterator[tuple[RealImages, Tensor, Tensor]]:
     """Every (image, column) in batches: the images, their rows and the columns, int64 (b,) each."""
     total = len(real) * columns
     for start in range(0, total, batch):

@@ -17,6 +17,11 @@ from trainer.report.tables import COSTS, cost_text
 from trainer.run import RunDir
 
 FIGURES = "figures"  # the folder beside the page
+OWN_CLASSIFIER = {  # of the model, where it has one: key of a final result, title of its column
+    "average_accuracy": "average accuracy",
+    "forgetting_model_accuracy": "accuracy forgotten",
+    "backward_transfer": "BWT",
+}
 
 
 @dataclass(frozen=True)
@@ -119,16 +124,19 @@ def _cost_values(group: Group, key: str) -> list[float]:
 
 def _runs(groups: Sequence[Group], out: Path) -> Html:
     """Each run with its own numbers, and where its report lies."""
-    keys = ("fd", "kld", "accuracy", "forgetting")
+    results = [result for group in groups for result in group.results]
+    more = [key for key in OWN_CLASSIFIER if any(number(result["final"].get(key)) is not None for result in results)]
+    keys = ("fd", "kld", "accuracy", "forgetting", *more)
     rows = [
         [_address(group, member, out), str(member.seed), *_numbers(member.result, keys), _time(member), member.error]
         for group in groups
         for member in group.members
     ]
-    header = ["run", "seed", "FD", "KLD", "accuracy", "forgetting", "training", "what went wrong"]
+    titles = ["FD", "KLD", "accuracy", "forgetting", *(OWN_CLASSIFIER[key] for key in more)]
+    header = ["run", "seed", *titles, "training", "what went wrong"]
     failed = any(member.error for group in groups for member in group.members)
     shown = rows if failed else [row[:-1] for row in rows]
-    return table(header if failed else header[:-1], shown, words=(7,))
+    return table(header if failed else header[:-1], shown, words=(len(header) - 1,))
 
 
 def _address(group: Group, member: Member, out: Path) -> str | Html:

@@ -18,8 +18,8 @@ from trainer.report.measures import BY_KEY, Measure, Values, digits, matrix_of, 
 from trainer.report.spread import band, spread_name
 from trainer.report.timesteps import bin_edges, bin_names, forgetting_bins, grown_shares
 
-FINAL = ("fd", "kld", "accuracy", "classifier_accuracy", "forgetting")
-MATRICES = ("fd", "accuracy", "classifier_accuracy", "share", "loss")
+FINAL = ("fd", "kld", "accuracy", "classifier_accuracy", "model_accuracy", "forgetting")
+MATRICES = ("fd", "accuracy", "classifier_accuracy", "model_accuracy", "share", "loss")
 ACROSS = 4  # heat maps beside each other
 
 

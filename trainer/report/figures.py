@@ -83,7 +83,10 @@ def matrix_table(measure: Measure, matrix: Values, floor: Values | None = None) 
 
 # --- over all classes seen --------------------------------------------------------------------------------------
 
-CURVES = (("fd",), ("kld",), ("accuracy", "classifier_accuracy"), ("precision", "recall"), ("density", "coverage"))
+CURVES = (
+    *(("fd",), ("kld",), ("accuracy", "classifier_accuracy", "model_accuracy")),
+    *(("precision", "recall"), ("density", "coverage")),
+)
 
 
 def course_figures(result: Result) -> list[Drawn]:
@@ -136,7 +139,7 @@ def task_forgettings(result: Result) -> dict[str, Values]:
     """By measure: how much worse each task but the last is at the end than at its best before (the loss: than when it
     was learnt), shape (T - 1,)."""
     found: dict[str, Values] = {}
-    for key in ("fd", "accuracy", "classifier_accuracy"):
+    for key in ("fd", "accuracy", "classifier_accuracy", "model_accuracy"):
         matrix = matrix_of(result["matrix"], key)
         if matrix is not None and len(matrix) > 1:
             rows = [[number(value) for value in row] for row in matrix.tolist()]

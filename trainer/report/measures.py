@@ -56,6 +56,11 @@ MEASURES = (
         share=True,
     ),
     Measure(
+        *("model_accuracy", "model accuracy", "of the model's own classifier, on test images"),
+        higher_is_better=True,
+        share=True,
+    ),
+    Measure(
         *("precision", "precision", "share of samples amid real images"),
         source=KYNKAANNIEMI,
         higher_is_better=True,
@@ -92,6 +97,8 @@ MEASURES = (
 )
 BY_KEY = {measure.key: measure for measure in MEASURES}
 FORGETTING = "Chaudhry et al. 2018, arXiv 1801.10112"
+LOPEZ_PAZ = "Lopez-Paz and Ranzato 2017, arXiv 1706.08840"
+ALAIN, WU = "Alain and Bengio 2016, arXiv 1610.01644", "Wu et al. 2018, arXiv 1805.01978"
 MEMORISATION = "authenticity, Alaa et al. 2022, arXiv 2102.08921"
 
 

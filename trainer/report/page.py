@@ -12,6 +12,7 @@ from trainer.report.drawing import DPI, Drawn
 from trainer.report.figures import course_figures, forgetting_figure, matrix_figures, memorisation_figure
 from trainer.report.history import history_png
 from trainer.report.html import Html, element, folded, join, link, page, paragraph, picture, relative, section, text
+from trainer.report.representation import probe_figure
 from trainer.report.source import DIGEST, Source, config_text, open_source
 from trainer.report.tables import (
     changed_table,
@@ -94,6 +95,7 @@ def _sections(source: Source) -> list[Section]:
     result, timesteps = source.result, int(source.setting("diffusion", "timesteps"))
     present = [figure for figure in (loss_curves(result, timesteps), forgetting_map(result, timesteps)) if figure]
     bars, bound, memorised = forgetting_figure(result), bound_figure(result), memorisation_figure(result)
+    probes = probe_figure(result)
     length = int(source.setting("train", "images_per_task") or 0)
     return [
         Section("At the end", "end", [final_table(result)]),
@@ -101,6 +103,7 @@ def _sections(source: Source) -> list[Section]:
         Section("Each task after each task", "matrices", [MATRICES], matrix_figures(result, source.task_classes)),
         Section("Forgetting", "forgetting", [FORGETTING] if bars else [], [bars] if bars else []),
         Section("By timestep", "timesteps", [], present),
+        Section("Representation", "representation", [PROBES] if probes else [], [probes] if probes else []),
         Section("Likelihood", "likelihood", [], [bound] if bound else []),
         Section("Memorisation", "memorisation", [memorisation_table(result)], [memorised] if memorised else []),
         Section("Training", "training", [], training_figures(source.log, length)),
@@ -118,6 +121,11 @@ MATRICES = paragraph(
 FORGETTING = paragraph(
     "How much worse each task is at the end than at its best before (Chaudhry et al. 2018, arXiv 1801.10112); the "
     "loss: than right after the task was learnt."
+)
+PROBES = paragraph(
+    "What the features of the model's encoder tell of the class: probes that learn it from real images of all classes "
+    "seen, of earlier tasks as well, at each level of noise. So they tell what can be found in the features, not what "
+    "the model itself remembers."
 )
 
 

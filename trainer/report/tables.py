@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.report.html import Html, folded, join, paragraph, table
-from trainer.report.measures import FORGETTING, MEASURES, MEMORISATION, Measure, digits, number
+from trainer.report.measures import ALAIN, FORGETTING, LOPEZ_PAZ, MEASURES, MEMORISATION, WU, Measure, digits, number
 from trainer.report.source import Source
 from trainer.tracking.progress import duration
-from trainer.tracking.table import percent_text
+from trainer.tracking.table import best_level, percent_text
 
 Result = Mapping[str, Any]
 FLOOR = (
@@ -21,7 +21,14 @@ FORGOTTEN = {
     "forgetting": "FD",
     "forgetting_accuracy": "accuracy",
     "forgetting_classifier_accuracy": "classifier",
+    "forgetting_model_accuracy": "model accuracy",
     "forgetting_loss": "loss",
+}
+OF_TEST_IMAGES = {  # measures of these, and where their number stands
+    "loss": "loss_images",
+    "bpd": "bpd_images",
+    "classifier_accuracy": "classifier_images",
+    "model_accuracy": "model_images",
 }
 COSTS = (  # key, what it is, how it is written
     ("wall_seconds", "wall time, all attempts", "duration"),
@@ -55,7 +62,7 @@ def final_table(result: Result) -> Html:
         for measure in MEASURES
         if (value := number(final.get(measure.key))) is not None
     ]
-    rows += _forgetting_rows(final)
+    rows += _own_classifier_rows(final, len(result["after_task"])) + _probe_rows(final) + _forgetting_rows(final)
     header = ["measure", "value", "floor", "better", "images", "meaning", "source"]
     shown = table(header, rows, words=(5,), short=(3, 4, 6))
     notes = [paragraph(FLOOR)] if floor else []
@@ -72,14 +79,50 @@ def _error(final: Result, measure: Measure) -> str:
 
 def _images(final: Result, measure: Measure) -> str:
     """How many images a measure comes from."""
-    if measure.key in ("loss", "bpd"):
-        count = final.get(f"{measure.key}_images")
-        return f"{count:,} test images" if isinstance(count, int) else ""
+    if measure.key in OF_TEST_IMAGES:
+        return _test_images(final.get(OF_TEST_IMAGES[measure.key]))
     samples, real = final.get("samples"), final.get("real_images")
-    if measure.key == "classifier_accuracy" or not isinstance(samples, int):
+    if not isinstance(samples, int):
         return ""
     alone = measure.key == "accuracy" or not isinstance(real, int)
     return f"{samples:,}" if alone else f"{samples:,} against {real:,}"
+
+
+def _test_images(count: object) -> str:
+    return f"{count:,} test images" if isinstance(count, int) else ""
+
+
+def _own_classifier_rows(final: Result, tasks: int) -> list[list[str]]:
+    """The accuracy of the model's own classifier by task, in single numbers."""
+    told = {
+        "average_accuracy": ("average accuracy", f"model accuracy, as a mean over {tasks} tasks"),
+        "backward_transfer": (
+            "backward transfer",
+            "of it, from right after each task to the end; below 0: forgotten",
+        ),
+    }
+    images = _test_images(final.get("model_images"))
+    return [
+        [title, f"{value:.3f}", "", "↑", images, meaning, LOPEZ_PAZ]
+        for key, (title, meaning) in told.items()
+        if (value := number(final.get(key))) is not None
+    ]
+
+
+def _probe_rows(final: Result) -> list[list[str]]:
+    """Each probe at the level of noise where it is right most often."""
+    probe = final.get("probe") or {}
+    found = (("linear", "linear probe", ALAIN), ("knn", "k-NN probe", WU))
+    return [
+        [
+            *(title, f"{best.accuracy:.3f}", "", "↑", _test_images(probe.get("test_images"))),
+            f"on the model's features, learnt from {probe.get('images', 0):,} training images; the best of "
+            f"{len(probe['timesteps'])} levels of noise, t = {best.timestep}",
+            source,
+        ]
+        for kind, title, source in found
+        if (best := best_level(final, kind)) is not None
+    ]
 
 
 def _forgetting_rows(final: Result) -> list[list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -27,6 +27,13 @@ BY_FEATURES = (  # name, key, digits, meaning; see trainer.evaluation.neighbours
     ("coverage", "coverage", 3, "real images with samples near"),
     ("KLD", "kld", 3, "mix of classes; 0 is best"),
 )
+
+
+class Level(NamedTuple):
+    """The accuracy of a probe at one level of noise."""
+
+    timestep: int
+    accuracy: float
 
 
 def result_table(result: Mapping[str, Any], width: int = 100, *, plain: bool = False) -> Table:
@@ -105,7 +112,43 @@ def _real_rows(final: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 lost,
             )
         )
-    return rows
+    return rows + _own_classifier_rows(final) + _probe_rows(final)
+
+
+def _own_classifier_rows(final: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Of the classifier that is a part of the model."""
+    if "model_accuracy" not in final:
+        return []
+    lost = f"own classifier; {percent_text(final['forgetting_model_accuracy'])} forgotten"
+    return [
+        ("model accuracy", percent_text(final["model_accuracy"]), "", f"{final['model_images']:,} images", lost),
+        ("average accuracy", percent_text(final["average_accuracy"]), "", "", "mean over tasks"),
+        ("backward transfer", percent_text(final["backward_transfer"]), "", "", "since learnt; below 0: forgotten"),
+    ]
+
+
+def _probe_rows(final: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    probe = final.get("probe") or {}
+    found = [(name, best_level(final, kind)) for name, kind in (("linear probe", "linear"), ("k-NN probe", "knn"))]
+    return [
+        (
+            name,
+            percent_text(best.accuracy),
+            "",
+            f"{probe['test_images']:,} images",
+            f"of features; best of {len(probe['timesteps'])} levels: t = {best.timestep}",
+        )
+        for name, best in found
+        if best is not None
+    ]
+
+
+def best_level(row: Mapping[str, Any], kind: str) -> Level | None:
+    """Where a probe ("linear", "knn") of a row is right most often, the lowest of equal ones; None without one."""
+    probe = row.get("probe") or {}
+    levels = zip(probe.get("timesteps", []), probe.get(kind, []), strict=True)
+    known = [Level(timestep, accuracy) for timestep, accuracy in levels if accuracy is not None]
+    return max(known, key=lambda level: level.accuracy, default=None)
 
 
 def _memorisation_rows(final: Mapping[str, Any]) -> list[tuple[str, ...]]:
