@@ -213,6 +213,7 @@ class ModelConfig:
     attention_head_dim: int = 8
     norm_groups: int = 8
     dropout: float = 0.0
+    scale_shift: bool = False  # the timestep scales and shifts the normalised maps (Nichol and Dhariwal 2021)
     conditional: bool = True
     label_dropout: float = 0.0  # share of training labels replaced by one that stands for no class; guidance needs it
     max_classes: int = 0  # labels and outputs that there is room for; 0: data.classes. Leave room for classes to come

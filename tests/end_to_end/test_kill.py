@@ -32,6 +32,9 @@ SETTINGS: dict[str, Any] = TINY | {
 }
 
 
+CLASSIFYING = ("model.conditional=false", "model.classifier=joint")
+
+
 @dataclass(frozen=True)
 class Case:
     """What is trained, and what is killed."""
@@ -49,7 +52,7 @@ class Case:
 
     @property
     def needs_sampler(self) -> bool:
-        return self.method.startswith("generative")
+        return self.method.startswith(("generative", "jdcl"))
 
     @property
     def possible(self) -> bool:
@@ -63,11 +66,12 @@ class Case:
         return (
             *(f"method.name={self.method}", f"zero.stage={self.stage}", f"train.precision={self.precision}"),
             *(f"ema.decay={self.ema}", f"train.micro_batch={self.micro_batch}"),
+            *(CLASSIFYING if self.method == "jdcl" else ()),
         )
 
 
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "method": ("finetune", "joint", "experience_replay", "generative_replay", "generative_distillation"),
+    "method": ("finetune", "joint", "experience_replay", "generative_replay", "generative_distillation", "jdcl"),
     "stage": (0, 1, 2, 3),
     "precision": ("fp32", "bf16"),
     "ranks": (1, 2),
@@ -134,6 +138,48 @@ def test_killed_run_ends_with_the_same_weights(tmp_path: Path, data: str, case: 
 @pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_killed_run_ends_with_the_same_weights_in_every_case(tmp_path: Path, data: str, case: Case) -> None:
     check(case, tmp_path, data)
+
+
+JDCL = (
+    *("method.name=jdcl", *CLASSIFYING, "jdcl.real_images=true", "jdcl.warmup_images=48", "data.labelled=0.5"),
+    *("jdcl.fixmatch_threshold=0.2", "ema.decay=0.9", "zero.stage=2"),
+)
+
+
+@pytest.fixture(scope="module")
+def jdcl_twin(tmp_path_factory: pytest.TempPathFactory, data: str) -> Iterator[Run]:
+    """A run of jdcl that nobody disturbed."""
+    run = Run(tmp_path_factory.mktemp("jdcl") / "twin", SETTINGS, steps=STEPS, sampler=True)
+    run.start(2, f"data.root={data}", *JDCL)
+    run.conclude()
+    yield run
+    run.place.close()
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps"),
+    [("first", 3), ("local", STEPS + 2), ("between", 2 * STEPS), ("global", 2 * STEPS + 3)],
+    ids=lambda value: str(value),
+)
+def test_jdcl_killed_in_each_stage_ends_with_the_same_weights(
+    tmp_path: Path, data: str, jdcl_twin: Run, stage: str, steps: int
+) -> None:
+    run = Run(tmp_path / "killed", SETTINGS, steps=STEPS, sampler=True)
+    try:
+        ranks = run.start(2, f"data.root={data}", *JDCL)
+        assert run.wait_until(lambda: run.checkpointed() >= steps), f"it ended before the {stage} stage was over"
+        for rank in ranks.jobs:
+            rank.kill()
+        ranks.wait(SECONDS)
+        run.start(2, f"data.root={data}", *JDCL)
+        run.conclude()
+        for task in (1, 2):
+            assert run.place.teacher_id("run", task) == jdcl_twin.place.teacher_id("run", task)
+        assert run.directory.local_teacher(2).joinpath("card.json").exists()
+        result, reference = run.place.metrics("run"), jdcl_twin.place.metrics("run")
+        assert result["matrix"] == reference["matrix"] and "model_accuracy" in result["matrix"]
+    finally:
+        run.place.close()
 
 
 def check(case: Case, path: Path, data: str) -> None:

@@ -123,6 +123,7 @@ def _build_unet(model: ModelConfig, image_size: int, channels: int, labels: int)
         attention_head_dim=model.attention_head_dim,
         norm_num_groups=model.norm_groups,
         dropout=model.dropout,
+        resnet_time_scale_shift="scale_shift" if model.scale_shift else "default",
         num_class_embeds=labels if model.conditional else None,
     )
 

@@ -36,7 +36,7 @@ from trainer.replay.trajectory import (
 )
 
 Int64 = NDArray[np.int64]
-GRAPHED = 16  # rows on CUDA come in multiples of it: each number of rows is a graph of its own
+GRAPHED = 16  # rows come in multiples of it: on CUDA each number of rows is a graph of its own
 
 
 @dataclass(frozen=True)
@@ -161,17 +161,17 @@ def _fill(
     found, spare = _Found(), _Found()
     limit = math.ceil(request.candidates * len(rows))
     stride = math.ceil(request.candidates * request.shard_trajectories)  # more than any shard asks for
-    for start in range(0, limit, micro_batch):
-        numbers = np.arange(start, min(start + micro_batch, limit), dtype=np.int64)
+    while found.sampled < limit and (left := sum(map(len, open_rows.values()))):
+        start, count = found.sampled, min(micro_batch, _rounded(left), limit - found.sampled)
+        numbers = np.arange(start, start + count, dtype=np.int64)
         sampled = _sample(teacher, request, shard * stride + numbers, device)
-        found.sampled += len(numbers)
-        for place, (image, logits, label, seed) in enumerate(sampled):
-            into, row = (found, open_rows[label].pop(0)) if open_rows[label] else (spare, start + place)
-            into.images[row], into.logits[row], into.labels[row], into.seeds[row] = image, logits, label, seed
+        for number, image in zip(numbers.tolist(), sampled, strict=True):
+            fits = open_rows[image[2]]
+            into, row = (found, fits.pop(0)) if fits else (spare, number)
+            into.images[row], into.logits[row], into.labels[row], into.seeds[row] = image
+        found.sampled += count
         if pause():
             return None
-        if not any(open_rows.values()):
-            break
     _stand_in(request, found, spare, {label: left for label, left in open_rows.items() if left})
     return found
 
@@ -236,8 +236,13 @@ def _parts(rows: Int64, size: int, device: torch.device) -> Iterator[Int64]:
     """Rows a micro-batch at a time; on CUDA the last ones are filled up with the last row."""
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        short = -len(part) % min(GRAPHED, size) if device.type == "cuda" else 0
+        short = min(_rounded(len(part)), size) - len(part) if device.type == "cuda" else 0
         yield np.concatenate([part, np.repeat(part[-1:], short)])
+
+
+def _rounded(count: int) -> int:
+    """Up to a multiple of GRAPHED."""
+    return -(-count // GRAPHED) * GRAPHED
 
 
 def _on(values: Int64, device: torch.device) -> Tensor:
