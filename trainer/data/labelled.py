@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from trainer.data.dataset import TaskData
-from trainer.seeds import smallest
+from trainer.seeds import hash_keys, smallest
 
 UNKNOWN = -1
 
@@ -16,14 +16,14 @@ def hide_labels(data: TaskData, share: float, seed: int) -> TaskData:
     """The same images, of which `share` of each class, rounded, but one at least, keep their labels; UNKNOWN elsewhere.
 
     The samples with the smallest derived seeds keep them: which ones depends on the run's seed and on the images of
-    their class alone, not on the task that they are in or what is read beside them.
+    their class alone, not on the task that they are in (so not on `data.keys`) or what is read beside them.
     """
     if share == 1.0:
         return data
+    keys = hash_keys(data.sample_keys)
     labels = np.full_like(data.labels, UNKNOWN)
     for label in np.unique(data.labels):
         rows = np.flatnonzero(data.labels == label)
         count = max(1, round(share * len(rows)))
-        kept = rows[smallest(seed, "labelled", data.keys[rows], count)]
-        labels[kept] = label
+        labels[rows[smallest(seed, "labelled", keys[rows], count)]] = label
     return replace(data, labels=labels)
