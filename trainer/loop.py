@@ -459,14 +459,14 @@ class Trainer:
             return self._preparer(purpose)
         views = Augmentation(data.flip, jdcl.weak_crop, jdcl.strong_operations, jdcl.strong_magnitude)
         guesses = data.labelled < 1 and jdcl.fixmatch_weight > 0
-        return JointPreparer(self._preparer(purpose, flip=False), views, guesses)
+        return JointPreparer(self._preparer(purpose), views, guesses)
 
-    def _preparer(self, purpose: str, flip: bool | None = None) -> Preparer:
+    def _preparer(self, purpose: str) -> Preparer:
         return Preparer(
             self.schedule,
             seed=self.config.run.seed,
             purpose=purpose,
-            flip=self.config.data.flip if flip is None else flip,
+            flip=self.config.data.flip,
             device=self.world.device,
             dtype=self.engine.dtype,
             label_dropout=self.label_dropout,
