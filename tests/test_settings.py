@@ -74,6 +74,20 @@ def test_settings_without_effect_are_refused(overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.labelled=1", "jdcl.fixmatch_weight=1"],
+        ["data.labelled=1", "jdcl.fixmatch_threshold=0.5"],
+        ["jdcl.fixmatch_weight=0", "jdcl.fixmatch_threshold=0.5", "data.labelled=0.5"],
+        ["jdcl.strong_operations=0", "jdcl.strong_magnitude=3"],
+    ],
+)
+def test_settings_without_effect_on_a_classifier_within_the_model(overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"{overrides[1].split('=')[0]} has no effect with {overrides[0]}"):
+        load_config("jdcl_digits", overrides)
+
+
+@pytest.mark.parametrize(
     ("override", "named"),
     [
         ("model.conditional=true", r"evaluation\.probe_images=4: .*model\.conditional"),
@@ -138,6 +152,15 @@ def test_config_is_also_looked_for_in_configs() -> None:
         ("classifier.batch=0", "classifier.batch=0: must be above 0"),
         ("classifier.lr=0", "classifier.lr=0.0: must be above 0"),
         ("model.max_classes=5", "model.max_classes=5"),
+        ("data.labelled=0", r"data.labelled=0.0: must be in \(0, 1\]"),
+        ("data.labelled=1.5", r"data.labelled=1.5: must be in \(0, 1\]"),
+        ("data.labelled=0.5", "data.labelled=0.5: only a classifier within the model"),
+        ("jdcl.weak_crop=0", r"jdcl.weak_crop=0.0: must be in \(0, 1\]"),
+        ("jdcl.fixmatch_threshold=1.1", r"jdcl.fixmatch_threshold=1.1: must be in \(0, 1\]"),
+        ("jdcl.fixmatch_weight=-1", "jdcl.fixmatch_weight=-1.0: must not be negative"),
+        ("jdcl.strong_operations=-1", "jdcl.strong_operations=-1: must not be negative"),
+        ("jdcl.strong_magnitude=-1", "jdcl.strong_magnitude=-1: must not be negative"),
+        ("jdcl.strong_magnitude=31", "jdcl.strong_magnitude=31: above 30"),
         ("train.images_per_task=3", "train.images_per_task=3"),
     ],
 )

@@ -101,6 +101,10 @@ def _idle_of_jdcl(config: Config) -> list[tuple[str, str]]:
     views = ("weak_crop", "strong_operations", "strong_magnitude")
     fixmatch = ("fixmatch_weight", "fixmatch_threshold")
     conditions = [(f"jdcl.{key}", "data.labelled=1") for key in fixmatch if config.data.labelled == 1]
+    if not jdcl.fixmatch_weight:
+        conditions.append(("jdcl.fixmatch_threshold", "jdcl.fixmatch_weight=0"))
+    if not jdcl.strong_operations:
+        conditions.append(("jdcl.strong_magnitude", "jdcl.strong_operations=0"))
     if config.method.name is not MethodName.jdcl:
         local = ("classification_weight", *views, *fixmatch)
         return conditions + [(f"jdcl.{field.name}", method) for field in fields(jdcl) if field.name not in local]
