@@ -54,6 +54,7 @@ from trainer.steps import (
     images_of_task,
     images_until,
     micro_batches,
+    rejections,
     replay_metrics,
     replay_steps,
     stages,
@@ -344,7 +345,10 @@ class Trainer:
         counts = count_events(self.run)
         for name in ("starved_steps", "reused_steps", "real_only_steps"):
             counts[name] = sum(stats.get(name, 0) for stats in self.position.replay.values())
-        return {"cost": self.cost() | {"skipped_steps": self.engine.skips()[0]}, "replay": {"events": counts}}
+        replay: dict[str, Any] = {"events": counts}
+        if self.config.points is OwnPoints.labelled:
+            replay |= rejections(self.position.replay.values())
+        return {"cost": self.cost() | {"skipped_steps": self.engine.skips()[0]}, "replay": replay}
 
     def cost(self) -> dict[str, float | None]:
         """What the run has spent, over all its attempts."""

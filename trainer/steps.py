@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +190,17 @@ def replay_metrics(stats: Mapping[str, Any]) -> dict[str, float]:
         "starved_seconds": stats["starved_seconds"],
         "teacher_evaluations": stats["teacher_evaluations"],
     }
+
+
+def rejections(tasks: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the replay of all tasks: images that teachers sampled in vain, and by class the trajectories for which they
+    made too few, so that others stood in."""
+    lacking = Counter[str]()
+    rejected = 0
+    for stats in tasks:
+        rejected += stats.get("rejected_images", 0)
+        lacking.update(stats.get("lacking", {}))
+    return {"rejected_images": rejected, "lacking": dict(sorted(lacking.items()))}
 
 
 def _part(examples: Examples, number: int, count: int) -> Examples:
