@@ -353,6 +353,9 @@ def _check_classifier(config: Config) -> None:
         _require(config.data.labelled == 1, "data.labelled", config.data.labelled, why)
         return
     _require(not config.model.conditional, "model.classifier", kind.value, "needs model.conditional=false")
+    why = "the classifier beside the model wants the labels of all images; take data.labelled=1"
+    epochs = config.classifier.epochs
+    _require(config.data.labelled == 1 or not epochs, "classifier.epochs", epochs, why)
     why = "holds only the weights of a model without model.classifier"
     _require(config.penalty is PenaltyName.none, "method.penalty", config.penalty.value, why)
     if name is not MethodName.jdcl:

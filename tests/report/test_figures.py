@@ -178,6 +178,14 @@ def test_what_was_logged_over_the_images_seen() -> None:
     assert training_figures([], 100) == []
 
 
+def test_tasks_that_see_more_are_longer() -> None:
+    log = [{"task": task, "seen": seen, "loss": 1.0} for task, seen in ((1, 5), (1, 10), (2, 10), (2, 30), (3, 30))]
+    axes = axes_of(training_figures(log, 10)[0])[0]
+    np.testing.assert_array_equal(axes.get_lines()[0].get_xdata(), [5, 10, 20, 40, 70])
+    assert axes.get_xlim() == (0, 70)
+    assert [line.get_xdata()[0] for line in axes.get_lines()[1:]] == [10, 40]  # pyright: ignore
+
+
 def test_a_loss_that_is_the_current_tasks_alone_is_drawn_once() -> None:
     log = [{"task": 1, "seen": seen, "loss": 1 / seen, "current": 1 / seen} for seen in (1, 2, 3)]
     axes = axes_of(training_figures(log, 3)[0])[0]

@@ -20,6 +20,7 @@ from trainer.report.tables import (
     events_table,
     final_table,
     memorisation_table,
+    rejections_table,
     task_table,
 )
 from trainer.report.timesteps import bound_figure, forgetting_map, loss_curves
@@ -107,7 +108,7 @@ def _sections(source: Source) -> list[Section]:
         Section("Likelihood", "likelihood", [], [bound] if bound else []),
         Section("Memorisation", "memorisation", [memorisation_table(result)], [memorised] if memorised else []),
         Section("Training", "training", [], training_figures(source.log, length)),
-        Section("Cost", "cost", [cost_table(result), events_table(result)]),
+        Section("Cost", "cost", [cost_table(result), rejections_table(result), events_table(result)]),
         Section("Configuration", "configuration", _configuration(source)),
     ]
 

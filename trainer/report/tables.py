@@ -210,6 +210,17 @@ def events_table(result: Result) -> Html:
     return table(["faults", "times"], rows)
 
 
+def rejections_table(result: Result) -> Html:
+    """Of a run whose teachers label their own images: what they sampled in vain, and the classes that they lack."""
+    replay = result.get("replay") or {}
+    if "rejected_images" not in replay:
+        return Html("")
+    rows = [["sampled and not used", f"{replay['rejected_images']:,}"]]
+    lacking = sorted(replay.get("lacking", {}).items(), key=lambda item: int(item[0]))
+    rows += [[f"too few of class {label}: filled otherwise", f"{count:,}"] for label, count in lacking]
+    return table(["images of the teachers", "number"], rows)
+
+
 def changed_table(source: Source) -> Html:
     """Settings that are not as they are by default."""
     rows = [[key, plain(value), plain(default)] for key, value, default in source.changed_settings()]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from trainer.report.drawing import COLOURS, Drawn, new_figure, plain_log, tidy
 from trainer.report.measures import Values, as_array
@@ -32,13 +33,15 @@ def training_figures(log: Lines, images_per_task: int) -> list[Drawn]:
 
     Args:
         log: the "train" lines of metrics.jsonl, in order.
-        images_per_task: real images of each task (`train.images_per_task`).
+        images_per_task: what each task sees at least (`train.images_per_task`); one with a stage more has logged more.
     """
     if not log:
         return []
-    tasks = max(line["task"] for line in log)
-    length = images_per_task or max(line["seen"] for line in log)
-    seen = as_array([(line["task"] - 1) * length + line["seen"] for line in log])
+    tasks = range(1, max(line["task"] for line in log) + 1)
+    longest = images_per_task or max(line["seen"] for line in log)
+    lengths = [max([longest, *(line["seen"] for line in log if line["task"] == task)]) for task in tasks]
+    ends = np.cumsum([0, *lengths])
+    seen = as_array([int(ends[line["task"] - 1]) + line["seen"] for line in log])
     drawn = []
     for name, title, keys, logarithmic in PANELS:
         lines = [(label, values) for key, label in keys if np.nan_to_num(values := logged(log, key)).any()]
@@ -50,7 +53,7 @@ def training_figures(log: Lines, images_per_task: int) -> list[Drawn]:
         axes = figure.subplots()
         _curves(axes, seen, lines, logarithmic)
         tidy(axes, title, "images seen")
-        _ends(axes, tasks, length)
+        _ends(axes, ends)
         if len(lines) > 1:
             axes.legend(loc="upper right", fontsize=8, frameon=False)
         drawn.append(Drawn(name, figure, alt=f"Curve of the {title} over the images seen"))
@@ -83,15 +86,16 @@ def _curves(axes: Axes, seen: Values, lines: Sequence[tuple[str, Values]], logar
         axes.set_ylim(bottom=0.0)
 
 
-def _ends(axes: Axes, tasks: int, length: int) -> None:
-    """A line where each task ends, and the tasks' numbers above."""
-    for task in range(1, tasks):
-        axes.axvline(task * length, color="0.75", linewidth=0.8, zorder=0)
+def _ends(axes: Axes, ends: NDArray[np.int64]) -> None:
+    """A line where each task ends, `ends` from 0 on, and the tasks' numbers above."""
+    tasks = len(ends) - 1
+    for end in ends[1:-1]:
+        axes.axvline(end, color="0.75", linewidth=0.8, zorder=0)
     every = 1 if tasks <= 12 else 5
     top = axes.secondary_xaxis("top")
     numbers = [task for task in range(1, tasks + 1) if task % every == 0 or task == 1]
     names = [f"task {task}" if tasks <= 6 else str(task) for task in numbers]
-    top.set_xticks([(task - 0.5) * length for task in numbers], names)
+    top.set_xticks([(ends[task - 1] + ends[task]) / 2 for task in numbers], names)
     top.tick_params(length=0, labelsize=7, labelcolor="0.35")
     top.spines[:].set_visible(False)
-    axes.set_xlim(0, tasks * length)
+    axes.set_xlim(0, ends[-1])
