@@ -2,11 +2,11 @@
 
 python benchmarks/methods.py order --data digits --seeds 3 --json FILE [--plot FILE] [section.key=value ...]
 
-Questions: order, rehearsal, timesteps, likelihood, penalty (`benchmarks/field/rows.py` says what each asks). Trains the
-rows that a question compares, each with each seed, by the program itself, as launch/compare.py does; measures the final
-models on many samples; and says for each claim whether it holds, by the 90 % interval over paired seeds. Runs are
-shared by the questions: the same command again, or another question, trains only what is missing. Exit code 1 where a
-run failed; a claim that does not hold is a finding, not a fault.
+Questions: order, rehearsal, timesteps, likelihood, penalty, joint_models (`benchmarks/field/rows.py` says what each
+asks). Trains the rows that a question compares, each with each seed, by the program itself, as launch/compare.py does;
+measures the final models on many samples; and says for each claim whether it holds, by the 90 % interval over paired
+seeds. Runs are shared by the questions: the same command again, or another question, trains only what is missing. Exit
+code 1 where a run failed; a claim that does not hold is a finding, not a fault.
 """
 
 from __future__ import annotations

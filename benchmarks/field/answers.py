@@ -11,7 +11,20 @@ from typing import Any, Literal
 from quality.paired import Interval
 
 from field.outcome import Outcome, Outcomes, difference, final, numbers, ratio, spread
-from field.rows import COEFFICIENTS, FINETUNE, GD, JOINT, QUESTIONS, SETTINGS, Question
+from field.rows import (
+    COEFFICIENTS,
+    FINETUNE,
+    FINETUNE_BOTH,
+    GD,
+    JDCL,
+    JOINT,
+    JOINT_BOTH,
+    QUESTIONS,
+    SEPARATE,
+    SETTINGS,
+    UNDISTILLED,
+    Question,
+)
 
 Read = Callable[[Outcome], float]
 
@@ -40,12 +53,18 @@ class Answer:
         return {**asdict(self), "verdict": self.verdict}
 
 
+def result_final(key: str) -> Read:
+    """A measure at the end of a run, from its own result."""
+    return lambda outcome: float(outcome.result["final"][key])
+
+
 MEASURES: dict[str, Read] = {
     **{key: final(key) for key in ("fd", "kld", "precision", "recall")},
     "classifier": lambda outcome: float(outcome.result["final"]["classifier_accuracy"]),
     "memorised": lambda outcome: outcome.memorised,
     "bpd": lambda outcome: statistics.fmean(outcome.bpd),
     "bpd_grown": lambda outcome: outcome.bpd_grown,
+    **{key: result_final(key) for key in ("average_accuracy", "forgetting_model_accuracy", "backward_transfer")},
 }
 COLUMNS = {
     "order": ("fd", "kld", "precision", "recall", "classifier"),
@@ -53,6 +72,7 @@ COLUMNS = {
     "timesteps": ("fd",),
     "likelihood": ("bpd", "bpd_grown", "fd", "kld"),
     "penalty": ("fd", "kld", "precision", "recall"),
+    "joint_models": ("average_accuracy", "forgetting_model_accuracy", "backward_transfer", "fd", "kld"),
 }
 
 
@@ -170,6 +190,27 @@ def _penalty(outcomes: Outcomes) -> list[Answer]:
     return [answer for row in QUESTIONS["penalty"].rows[1:] for answer in _better(outcomes, row, GD)]
 
 
+def _joint_models(outcomes: Outcomes) -> list[Answer]:
+    """The paper's order, and how far from its bounds."""
+    return [
+        *_more_accurate(outcomes, JDCL, FINETUNE_BOTH, 0.15),
+        *_more_accurate(outcomes, JDCL, JOINT_BOTH, -0.10),
+        *_more_accurate(outcomes, JDCL, SEPARATE, 0.0),
+        *_more_accurate(outcomes, SEPARATE, UNDISTILLED, 0.0),
+        *_more_accurate(outcomes, JDCL, UNDISTILLED, 0.0),
+    ]
+
+
+def _more_accurate(outcomes: Outcomes, ours: str, theirs: str, by: float) -> list[Answer]:
+    """That the average accuracy of a row is more than so much above another's."""
+    if ours not in outcomes or theirs not in outcomes:
+        return []
+    read = MEASURES["average_accuracy"]
+    measured = difference(numbers(outcomes[ours], read), numbers(outcomes[theirs], lambda run: read(run) + by))
+    bar = {0.0: f"{ours} above {theirs}"}.get(by, f"{ours} more than {100 * by:+.0f} points from {theirs}")
+    return [Answer(f"average accuracy: {bar}", measured, "difference", "above")]
+
+
 def _better(outcomes: Outcomes, better: str, worse: str) -> list[Answer]:
     return [
         *_less(outcomes, better, worse, "fd", "ratio"),
@@ -196,4 +237,5 @@ _ANSWERS: dict[str, Callable[[Outcomes], list[Answer]]] = {
     "timesteps": _timesteps,
     "likelihood": _likelihood,
     "penalty": _penalty,
+    "joint_models": _joint_models,
 }

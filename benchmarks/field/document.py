@@ -22,9 +22,15 @@ TITLES = {
     "bpd_grown": "those of earlier tasks, grown by a factor of",
     "classifier": "accuracy of the classifier",
     "memorised": "copies of the buffer",
+    "average_accuracy": "average accuracy",
+    "forgetting_model_accuracy": "accuracy forgotten",
+    "backward_transfer": "backward transfer",
     **{key: key for key in ("precision", "recall")},
 }
-FORMS = {"fd": "{:.1f}", "kld": "{:.3f}", "bpd_grown": "{:.3f}"}
+FORMS = {
+    **{"fd": "{:.1f}", "kld": "{:.3f}", "bpd_grown": "{:.3f}"},
+    **dict.fromkeys(("average_accuracy", "forgetting_model_accuracy", "backward_transfer"), "{:.3f}"),
+}
 COMPARED = {"ratio": "{:.2f}", "difference": "{:+.3f}"}
 
 

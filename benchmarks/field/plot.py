@@ -13,6 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 Content = Mapping[str, Any]
+TITLES = {
+    "average_accuracy": "average accuracy",
+    "fd": "FD",
+    "kld": "KLD",
+    "memorised": "share of samples that copy the buffer",
+}
 
 
 def plot(content: Content, path: Path) -> None:
@@ -28,7 +34,7 @@ def plot(content: Content, path: Path) -> None:
 
 def _rows(figure: Figure, content: Content) -> None:
     """Each measure by row: a dot for each seed, a stroke for the mean."""
-    keys = [key for key in ("fd", "kld", "memorised") if key in content["rows"][0]["values"]]
+    keys = [key for key in TITLES if key in content["rows"][0]["values"]]
     for axes, key in zip(np.ravel(figure.subplots(1, len(keys))), keys, strict=True):
         _row_axes(axes, content["rows"], key)
 
@@ -42,10 +48,10 @@ def _row_axes(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     axes.set_yticks(places, [row["row"].replace("_", " ") for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    if key != "memorised" and min(min(row["values"][key]["by_seed"].values()) for row in rows) > 0:
+    if key in ("fd", "kld") and min(min(row["values"][key]["by_seed"].values()) for row in rows) > 0:
         axes.set_xscale("log")  # they span orders of magnitude
         _plain_ticks(axes.xaxis)
-    axes.set_title({"fd": "FD", "kld": "KLD", "memorised": "share of samples that copy the buffer"}[key])
+    axes.set_title(TITLES[key])
 
 
 def _timesteps(figure: Figure, content: Content) -> None:

@@ -9,6 +9,16 @@ GD, GR = "generative_distillation", "generative_replay"
 COEFFICIENTS = ("1", "0.5", "0.2")  # of rehearsal, over the same small buffer
 PENALTIES = (("rank1_ewc", "15000"), ("rank1_ewc", "10"), ("ewc", "10"))  # and their weights; 15,000 is the paper's
 
+JDCL, SEPARATE, UNDISTILLED = "jdcl", "jdcl-separate", "jdcl-not-distilled"
+FINETUNE_BOTH, JOINT_BOTH = "finetune-classifier", "joint-classifier"  # with a classifier within the model
+# Weights of the classifier's terms for a few hundred steps; the paper's are for tens of thousands. Nothing is
+# distorted: at 8x8 pixels RandAugment leaves little of a digit.
+_BOTH = (
+    *("model.classifier=joint", "classifier.epochs=0", "jdcl.classification_weight=0.1"),
+    *("jdcl.weak_crop=1", "jdcl.strong_operations=0"),
+)
+_TAUGHT = ("method.name=jdcl", "jdcl.label_weight=0.01", "jdcl.logit_weight=0.1")
+
 # The evaluations after each task; the final model is measured again on more samples. Few timesteps of the bound are
 # enough: what is compared are means over all images of a data set. A classifier learns the tasks from what is replayed.
 EVALUATION = (
@@ -27,6 +37,11 @@ SETTINGS = {
         )
         for penalty, weight in PENALTIES
     },
+    JDCL: (*_BOTH, *_TAUGHT),
+    SEPARATE: (*_BOTH, *_TAUGHT, "model.classifier=separate"),
+    UNDISTILLED: (*_BOTH, "method.name=jdcl", "jdcl.distil=false"),
+    FINETUNE_BOTH: (*_BOTH, "method.name=finetune"),
+    JOINT_BOTH: (*_BOTH, "method.name=joint"),
     **{
         f"er-{coefficient}": (
             *("method.name=experience_replay", "method.buffer_per_class=2"),
@@ -79,6 +94,12 @@ QUESTIONS = {
             "is distillation better with a hold on the weights beside it?",
             (GD, *(f"{GD}+{penalty}-{weight}" for penalty, weight in PENALTIES)),
             "Wang et al. 2026, arXiv 2509.23593",
+        ),
+        Question(
+            "joint_models",
+            "does a model that also classifies keep its classes, and what of jdcl does it need?",
+            (JOINT_BOTH, JDCL, SEPARATE, UNDISTILLED, FINETUNE_BOTH),
+            "Skiers and Deja 2025, arXiv 2411.08224",
         ),
     )
 }

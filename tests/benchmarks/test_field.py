@@ -10,7 +10,7 @@ from field.answers import Answer, answers_of, rows_of
 from field.document import table
 from field.outcome import Outcome
 from field.plot import plot
-from field.rows import EVALUATION, GD, GR, JOINT, QUESTIONS, SETTINGS
+from field.rows import EVALUATION, FINETUNE_BOTH, GD, GR, JDCL, JOINT, JOINT_BOTH, QUESTIONS, SETTINGS
 from methods import choose, last_words, show
 from quality.paired import Interval
 from quality.variants import DATA
@@ -19,14 +19,19 @@ from trainer.errors import UserError
 from trainer.settings import load_config
 
 
-def outcome(fd: float, kld: float, bpd: float = 4.0, memorised: float = 0.1, grown: float = 1.5) -> Outcome:
+def outcome(
+    fd: float, kld: float, bpd: float = 4.0, memorised: float = 0.1, grown: float = 1.5, accuracy: float = 0.5
+) -> Outcome:
     """Of two tasks; the loss of the first grew by half in the first bin, by `grown` in the next, not in the last."""
     learnt, end = [0.2, 0.04, 0.02], [0.3, 0.04 * grown, 0.02]
     forgotten = [a - b for a, b in zip(end, learnt, strict=True)]
     result: dict[str, Any] = {
         "matrix": {"bpd": [[3.0, None], [bpd - 1.0, bpd + 1.0]], "loss_bins": [[learnt, None], [end, learnt]]},
         "after_task": [{"fd": 2.0}, {"fd": fd}],
-        "final": {"classifier_accuracy": 0.9, "forgetting_loss_bins": [forgotten]},
+        "final": {
+            **{"classifier_accuracy": 0.9, "forgetting_loss_bins": [forgotten]},
+            **{"average_accuracy": accuracy, "forgetting_model_accuracy": 0.1, "backward_transfer": -0.1},
+        },
     }
     final = {"fd": fd, "kld": kld, "precision": 0.8, "recall": 0.7, "density": 1.0, "coverage": 0.9}
     return Outcome({**final, "nearest": {"buffer": {"features": {"memorised": memorised}}}}, result)
@@ -125,6 +130,19 @@ def test_growth_by_timestep() -> None:
     assert first.measured.mean == pytest.approx(1.5 / middle) and first.verdict == "yes"
     assert last.measured.mean == pytest.approx(1.0 / middle) and last.verdict == "yes"
     assert rows[GD][0].bpd_grown == pytest.approx(1.0)
+
+
+def test_accuracies_are_set_against_bars_in_points() -> None:
+    accuracies = {JDCL: 0.9, JOINT_BOTH: 0.95, FINETUNE_BOTH: 0.8}
+    rows = {
+        row: {seed: outcome(5.0, 0.1, accuracy=value + 0.001 * seed * place) for seed in range(3)}
+        for place, (row, value) in enumerate(accuracies.items())
+    }
+    found = {answer.claim: answer for answer in answers_of(QUESTIONS["joint_models"], rows)}
+    above, within = found.values()
+    assert above.claim == f"average accuracy: {JDCL} more than +15 points from {FINETUNE_BOTH}"
+    assert above.verdict == "no" and above.measured.mean == pytest.approx(0.9 - 0.8 - 0.15 - 0.002)
+    assert within.verdict == "yes" and within.measured.mean == pytest.approx(0.9 - 0.95 + 0.10 - 0.001)
 
 
 @pytest.mark.parametrize("name", list(QUESTIONS))
