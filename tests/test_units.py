@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, OwnClassifier
 from trainer.models.denoiser import Denoiser, build_denoiser
 from trainer.units import ALIGNMENT, Units
 
@@ -114,3 +114,19 @@ def test_shared_weights_are_refused() -> None:
     model[1].weight = model[0].weight
     with pytest.raises(AssertionError, match="no weight is shared"):
         Units(model, gathered=False)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("classifier", [OwnClassifier.joint, OwnClassifier.separate])
+def test_a_model_that_classifies_computes_the_same(classifier: OwnClassifier, gathered: bool) -> None:
+    config = ModelConfig(channels=[8, 16], norm_groups=4, conditional=False, classifier=classifier)
+    torch.manual_seed(0)
+    model = build_denoiser(config, image_size=8, channels=1, max_classes=3).eval()
+    x, t, view = torch.randn(2, 1, 8, 8), torch.tensor([3, 500]), torch.randn(4, 1, 8, 8)
+    expected = model(x, t, None, view)
+    Units(model, gathered=gathered)
+    found = model(x, t, None, view)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    sum(part.square().sum() for part in found).backward()  # pyright: ignore
+    assert all(weight.grad is not None and weight.grad.any() for weight in model.parameters())

@@ -379,7 +379,7 @@ class ClassifierConfig:
 
 @dataclass
 class CheckpointConfig:
-    every_images: int = 0  # seen images between checkpoints; 0: four in each task
+    every_images: int = 0  # between checkpoints, by steps of train.global_batch; 0: four in each task
     keep: int = 2  # newest checkpoints kept while a task runs; the end of each task is always kept
 
 

@@ -108,7 +108,8 @@ def _idle_of_jdcl(config: Config) -> list[tuple[str, str]]:
     if config.method.name is not MethodName.jdcl:
         local = ("classification_weight", *views, *fixmatch)
         return conditions + [(f"jdcl.{field.name}", method) for field in fields(jdcl) if field.name not in local]
-    conditions += [("method.distillation_weight", method), ("replay.jitter", method)]
+    unused = ("method.distillation_weight", "replay.jitter", "optimizer.reset_per_task")
+    conditions += [(key, method) for key in unused]
     if not jdcl.distil:
         weights = ("noise", "label", "logit")
         conditions += [(f"jdcl.{weight}_weight", "jdcl.distil=false") for weight in weights]

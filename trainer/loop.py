@@ -51,6 +51,7 @@ from trainer.steps import (
     batch_of,
     checkpoint_interval,
     fresh_model,
+    guesses,
     images_of_task,
     images_until,
     micro_batches,
@@ -371,8 +372,10 @@ class Trainer:
         self.world.on_main(lambda: self._announce(task))
 
     def _announce(self, task: int) -> None:
-        request = self._request(task)
-        if request is not None and self.config.replay.placement is not Placement.inline:
+        inline, labelled = self.config.replay.placement is Placement.inline, self.config.points is OwnPoints.labelled
+        learning = labelled and not (self.run.local_teacher(task) / CARD_NAME).exists()  # the second teacher
+        request = None if inline or learning else self._request(task)
+        if request is not None:
             write_request(self.run, request)
         if task <= len(self.tasks):
             write_state(self.run, task)
@@ -380,11 +383,8 @@ class Trainer:
     def _request(self, task: int) -> ReplayRequest | None:
         if not self.config.needs_teacher or not 2 <= task <= len(self.tasks):
             return None
-        local = None
-        if self.config.points is OwnPoints.labelled:
-            if not (self.run.local_teacher(task) / CARD_NAME).exists():
-                return None  # the second teacher is still learning
-            local = read_card(self.run.local_teacher(task))
+        labelled = self.config.points is OwnPoints.labelled
+        local = read_card(self.run.local_teacher(task)) if labelled else None
         card = read_card(self.run.teacher(task - 1))
         classes = self.config.classes_until(task - 1)
         return make_request(self.config, self.run, task, classes, card, replay_steps(self.config), local)
@@ -462,8 +462,7 @@ class Trainer:
         if not self.config.classifies:
             return self._preparer(purpose)
         views = Augmentation(data.flip, jdcl.weak_crop, jdcl.strong_operations, jdcl.strong_magnitude)
-        guesses = data.labelled < 1 and jdcl.fixmatch_weight > 0
-        return JointPreparer(self._preparer(purpose), views, guesses)
+        return JointPreparer(self._preparer(purpose), views, guesses(self.config))
 
     def _preparer(self, purpose: str) -> Preparer:
         return Preparer(

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from trainer.config import Config, OnStarved, Placement
+from trainer.config import Config, OnStarved, OwnPoints, Placement
 from trainer.disk import DiskNeed
 from trainer.errors import ConfigError
 from trainer.memory import WIDTH, state_bytes
@@ -97,7 +97,8 @@ def make_plan(config: Config, launched: int, gpus: int) -> Plan:
     trainers = _trainers(config, launched)
     check_world(config, trainers, cuda=gpus > 0)
     parameters = count_parameters(config)
-    sampler = WIDTH[config.replay.precision] * parameters if config.needs_teacher else 0
+    teachers = 2 if config.points is OwnPoints.labelled else int(config.needs_teacher)  # of a process
+    sampler = WIDTH[config.replay.precision] * parameters * teachers
     memory = state_bytes(parameters, config, trainers)
     if config.needs_teacher and config.replay.placement is Placement.inline:
         memory["teacher"], sampler = sampler, 0

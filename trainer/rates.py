@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.allocator import keep_freed_memory
-from trainer.config import AUTO, Config, Placement, Points
+from trainer.config import AUTO, Config, OwnPoints, Placement, Points
 from trainer.data.batch import Examples
 from trainer.diffusion.schedules import make_schedule
 from trainer.engine import DTYPES, Engine
@@ -155,6 +155,8 @@ def rates_of_run(run: RunDir, config: Config, trainer: str, teacher: str) -> Rat
 
 
 def _refuse_others(run: RunDir, old: Config, config: Config, cpu: bool) -> None:
+    if config.points is OwnPoints.labelled:
+        raise UserError(f"{run.config}: method.name=jdcl: what was logged is of two stages; take --measure")
     if old.replay.placement is Placement.inline:
         raise UserError(f"{run.config}: replay.placement=inline: teacher and trainer were not timed apart there")
     before, now = _decisive(old, cpu), _decisive(config, cpu)

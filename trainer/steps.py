@@ -115,7 +115,7 @@ def forward_flops(config: Config) -> int:
         if model.head is None:
             model(image, zero, zero)
         else:
-            model(image, zero, zero, image)
+            model(image, zero, zero, image.expand(1 + guesses(config), *image.shape[1:]))
     return counter.get_total_flops()
 
 
@@ -177,8 +177,13 @@ def with_views(examples: Examples, config: Config, taught: bool = False) -> Join
     x, label = examples.x, examples.label
     logits = x.new_zeros((len(examples), config.max_classes)) if taught else None
     known = torch.ones_like(label, dtype=torch.bool)
-    noise = examples.target if taught else None
-    return JointExamples(x, examples.t, examples.target, label, x, known, noise=noise, logits=logits)
+    noise, weak = (examples.target, None) if taught else (None, x if guesses(config) else None)
+    return JointExamples(x, examples.t, examples.target, label, x, known, weak, noise, logits)
+
+
+def guesses(config: Config) -> bool:
+    """Whether the classifier is asked about weak views, too (FixMatch)."""
+    return config.data.labelled < 1 and config.jdcl.fixmatch_weight > 0
 
 
 def replay_metrics(stats: Mapping[str, Any]) -> dict[str, float]:

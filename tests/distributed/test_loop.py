@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.distributed.conftest import Pools
 
@@ -69,3 +72,23 @@ def computed(ranks: list[dict[str, Any]]) -> float:
     """What the model has computed over all attempts, in TFLOP, as the main rank counts it."""
     cost = ranks[0]["account"]["cost"]
     return cost["model_tflops"] * cost["train_seconds"]
+
+
+@pytest.mark.parametrize("classifier", ["joint", "separate"])
+def test_a_model_that_classifies_learns_the_same_under_every_stage(
+    pools: Pools, tmp_path: Path, classifier: str
+) -> None:
+    settings = [
+        *("method.name=finetune", "model.conditional=false", f"model.classifier={classifier}"),
+        *("model.classifier_dropout=0", "jdcl.classification_weight=0.1", "ema.decay=0"),
+        *("data.labelled=0.5", "jdcl.fixmatch_threshold=0.15"),
+    ]
+    stages = {"plain": ["zero.stage=0"], "sharded": ["zero.stage=3"], "cut": ["zero.stage=2", "train.micro_batch=2"]}
+    weights: dict[str, dict[str, Tensor]] = {}
+    for name, own in stages.items():
+        ranks = learn(pools, tmp_path, name, *settings, *own)
+        assert ranks[0]["teacher"] == ranks[1]["teacher"]
+        weights[name] = load_file(tmp_path / name / "tasks" / "1" / "teacher" / "model.safetensors")
+    for name in ("sharded", "cut"):
+        for key, expected in weights["plain"].items():
+            torch.testing.assert_close(weights[name][key], expected, rtol=0, atol=1e-4, msg=f"{name}: {key}")

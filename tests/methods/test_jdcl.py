@@ -55,8 +55,9 @@ def entropies(view: Tensor, label: Tensor) -> np.ndarray:
     return -log_softmax(view)[np.arange(len(label)), label.numpy()]
 
 
-def method_of(name: MethodName = MethodName.jdcl, **jdcl: float | bool) -> Method:
+def method_of(name: MethodName = MethodName.jdcl, labelled: float = 1.0, **jdcl: float | bool) -> Method:
     config = Config()
+    config.data.labelled = labelled
     config.model.classifier, config.model.conditional = OwnClassifier.joint, False
     config.method.name = name
     for key, value in jdcl.items():
@@ -68,8 +69,9 @@ def method_of(name: MethodName = MethodName.jdcl, **jdcl: float | bool) -> Metho
 @pytest.mark.parametrize("name", [MethodName.jdcl, MethodName.finetune, MethodName.joint])
 def test_real_images_teach_to_denoise_and_where_they_have_labels_to_classify(name: MethodName) -> None:
     batch = joint_examples(0, 7)
-    terms = method_of(name, classification_weight=0.3).loss(predict, batch, None, Weights())
+    terms = method_of(name, labelled=5 / 7, classification_weight=0.3).loss(predict, batch, None, Weights())
     told = entropies(batch.view, batch.label)[batch.known.numpy()].mean()
+    assert batch.known.sum() == 5
     assert terms["loss"].item() == pytest.approx(error(batch, batch.target) + 0.3 * told, rel=1e-5)
     assert terms["classification"].item() == pytest.approx(told, rel=1e-5)
 
@@ -82,7 +84,7 @@ def test_a_batch_without_labels_teaches_to_denoise_alone() -> None:
 
 def test_sure_guesses_at_weak_views_stand_in_for_missing_labels() -> None:
     batch = joint_examples(1, 30, weak=True)
-    method = method_of(classification_weight=0.3, fixmatch_weight=0.7, fixmatch_threshold=0.8)
+    method = method_of(labelled=2 / 3, classification_weight=0.3, fixmatch_weight=0.7, fixmatch_threshold=0.8)
     assert batch.weak is not None
     certainty = np.exp(log_softmax(batch.weak))
     unlabelled = ~batch.known.numpy()
@@ -97,12 +99,21 @@ def test_sure_guesses_at_weak_views_stand_in_for_missing_labels() -> None:
     assert terms["fixmatch_taken"].item() == pytest.approx(taken.sum() / unlabelled.sum())
 
 
+def test_the_loss_is_the_same_however_a_batch_is_cut() -> None:
+    batch = joint_examples(8, 12, weak=True)
+    method = method_of(labelled=0.5, fixmatch_threshold=0.3)
+    whole = method.loss(predict, batch, None, Weights())
+    parts = [method.loss(predict, batch.rows(slice(row, row + 1)), None, Weights()) for row in range(12)]
+    for name in ("loss", "classification", "fixmatch", "fixmatch_taken"):
+        assert whole[name].item() == pytest.approx(np.mean([part[name].item() for part in parts]), rel=1e-5)
+
+
 def test_guesses_get_no_gradient_through_the_weak_views() -> None:
     batch = joint_examples(1, 9, weak=True)
     assert batch.weak is not None
     for views in (batch.view, batch.weak):
         views.requires_grad_(True)
-    method_of(fixmatch_threshold=0.5).loss(predict, batch, None, Weights())["loss"].backward()
+    method_of(labelled=0.5, fixmatch_threshold=0.5).loss(predict, batch, None, Weights())["loss"].backward()
     assert batch.view.grad is not None and batch.view.grad.any()
     assert batch.weak.grad is None or not batch.weak.grad.any()
 

@@ -60,7 +60,7 @@ def half(x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
 
 
 def labeller(name: str, classes: list[int]) -> Labeller:
-    return Labeller(name, half, classify, make_schedule(labelled_config().diffusion), classes)
+    return Labeller(name, f"tasks/2/{name}", half, classify, make_schedule(labelled_config().diffusion), classes)
 
 
 TEACHERS = [labeller("old", OLD), labeller("local", NEW)]
@@ -170,8 +170,16 @@ def test_repeat_takes_images_of_the_class_itself_where_there_are_any() -> None:
 
 def test_the_run_ends_where_a_missing_class_must_not_be() -> None:
     request = replace(request_of(), missing="fail", candidates=2.0)
-    with pytest.raises(UserError, match=r"class 3: 3 more are needed \(jdcl.missing=fail"):
+    with pytest.raises(UserError, match=r"tasks/2/old: .*class 3: 3 more are needed \(jdcl.missing=fail"):
         sample_labelled([replace(TEACHERS[0], classify=never), TEACHERS[1]], request, 0, 4, CPU)
+
+
+def test_every_evaluation_is_a_sign_of_life() -> None:
+    request, beats = request_of(), list[int]()
+    made = sample_labelled(TEACHERS, request, 0, 8, CPU, alive=lambda: beats.append(1))
+    assert made is not None
+    batches = 2 + sum(-(-found // 8) for found in (6, 6)) - 2  # micro-batches of the points of each teacher
+    assert len(beats) >= request.steps * 2 + request.points_per_trajectory * batches
 
 
 def test_it_stops_when_told_to() -> None:

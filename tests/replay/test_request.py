@@ -103,7 +103,7 @@ def test_what_shapes_the_points_makes_another_pool(workplace: Any) -> None:
         ({"points": "trajectory", "points_per_trajectory": 4}, "points_per_trajectory=4"),
         ({"points": "both", "points_per_trajectory": 7}, "points_per_trajectory=7"),
         ({"points": "both", "targets": "noise"}, "targets=noise"),
-        ({"schema": 5}, "schema 6"),
+        ({"schema": 4}, "schema 5"),
     ],
 )
 def test_an_impossible_request_is_named(workplace: Any, changes: dict[str, Any], named: str) -> None:
@@ -192,3 +192,12 @@ def test_draws_use_every_point_as_often_as_asked_and_in_any_cut(make_workplace: 
             for parts in zip(*(draws(request, s, s + size) for s in range(0, 36, size)), strict=True)
         ]
         assert np.array_equal(cut[1], trajectory[:36]) and np.array_equal(cut[2], point[:36])
+
+
+def test_a_request_from_before_there_were_labelled_pools_is_read(workplace: Any) -> None:
+    path = workplace.run.replay_request(2)
+    younger = ("local_teacher", "local_teacher_id", "local_classes", "outputs", "candidates", "missing")
+    stored = json.loads(path.read_bytes())
+    path.write_text(json.dumps({key: value for key, value in stored.items() if key not in younger}))
+    assert read_request(path) == workplace.request
+    assert not set(younger) & workplace.request.sampler().keys(), "shards of such a pool are those asked for"

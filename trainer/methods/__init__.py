@@ -62,7 +62,8 @@ def build_classifying(config: Config) -> Classifying | None:
     if not config.classifies:
         return None
     jdcl = config.jdcl
-    return Classifying(jdcl.classification_weight, jdcl.fixmatch_weight, jdcl.fixmatch_threshold)
+    labelled = config.data.labelled
+    return Classifying(jdcl.classification_weight, labelled, jdcl.fixmatch_weight, jdcl.fixmatch_threshold)
 
 
 def build_penalty(config: Config) -> Penalty | None:

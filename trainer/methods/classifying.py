@@ -7,6 +7,9 @@ the cross-entropy is over the images whose label is known. Where labels are miss
 arXiv 2001.07685, equation 4) adds, as a mean over the images without one,
 
     w_u [max q >= tau] CE(argmax q, phi(x'))        q = softmax phi(a weakly augmented view), without gradient
+
+Both means divide by how many such images there are to be expected, not by how many a micro-batch happens to have: so
+the loss is the same however a batch is cut.
 """
 
 from __future__ import annotations
@@ -28,9 +31,11 @@ Both = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, 
 
 @dataclass(frozen=True)
 class Classifying:
-    """What classifying weighs: `weight` w, `fixmatch_weight` w_u, `fixmatch_threshold` tau."""
+    """What classifying weighs: `weight` w, `fixmatch_weight` w_u, `fixmatch_threshold` tau; `labelled` is the share of
+    the images whose label is known."""
 
     weight: float
+    labelled: float = 1.0
     fixmatch_weight: float = 0.0
     fixmatch_threshold: float = 0.95
 
@@ -50,18 +55,18 @@ def real_loss(predict: Predict, current: Examples, weights: Weights, classifying
     prediction, logits = predict_both(predict, current, view)
     loss, means = weighted_squared_error(prediction, [current.target], weights.of((current, 1.0)))
     strong, known = logits[: len(current)], current.known.float()
-    told = _mean(cross_entropy(strong, current.label, reduction="none"), known, known)
+    told = _mean(cross_entropy(strong, current.label, reduction="none"), known, classifying.labelled)
     terms = {"loss": loss + classifying.weight * told, "current": means[0], "classification": told}
     if current.weak is None:
         return terms
     sure, guess = logits[len(current) :].detach().softmax(dim=1).max(dim=1)
     taken = (sure >= classifying.fixmatch_threshold).float() * (1.0 - known)
-    guessed = _mean(cross_entropy(strong, guess, reduction="none"), taken, 1.0 - known)
+    unlabelled = 1.0 - classifying.labelled
+    guessed = _mean(cross_entropy(strong, guess, reduction="none"), taken, unlabelled)
     loss = terms["loss"] + classifying.fixmatch_weight * guessed
-    return terms | {"loss": loss, "fixmatch": guessed, "fixmatch_taken": _mean(taken, taken, 1.0 - known)}
+    return terms | {"loss": loss, "fixmatch": guessed, "fixmatch_taken": _mean(taken, taken, unlabelled)}
 
 
-def _mean(values: Tensor, chosen: Tensor, among: Tensor) -> Tensor:
-    """Sum of the chosen values over the number of those among which they were chosen, (B,) each; 0 where there are
-    none."""
-    return (values * chosen).sum() / among.sum().clamp(min=1.0)
+def _mean(values: Tensor, chosen: Tensor, share: float) -> Tensor:
+    """Sum of the chosen values, (B,) each, over the number of values that are of a kind of which there is `share`."""
+    return (values * chosen).mean() / share

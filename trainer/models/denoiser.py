@@ -56,9 +56,9 @@ class Denoiser(nn.Module):
         """
         x = self._typed(x)
         if view is None:
-            return self.unet(x, t, class_labels=label if self.conditional else None, return_dict=False)[0]
+            return self._predict(x, t, label)
         if self.encoder is not None:
-            return self.forward(x, t, label), self.classify(view)
+            return self._predict(x, t, label), self.classify(view)
         both = encode(self.unet, torch.cat([x, self._typed(view)]), torch.cat([t, t.new_zeros(len(view))]))
         return decode(self.unet, both.rows(slice(len(x)))), self._outputs(both.rows(slice(len(x), None)).features)
 
@@ -75,6 +75,9 @@ class Denoiser(nn.Module):
         middle = [self.unet.mid_block] if self.unet.mid_block is not None else []
         own = [] if self.encoder is None else [*self.encoder.down_blocks, self.encoder.mid_block]
         return [*self.unet.down_blocks, *middle, *self.unet.up_blocks, *filter(None, own)]
+
+    def _predict(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        return self.unet(x, t, class_labels=label if self.conditional else None, return_dict=False)[0]
 
     def _features(self, encoder: UNet2DModel, x: Tensor, t: Tensor) -> Tensor:
         return encode(encoder, self._typed(x), t).features

@@ -31,6 +31,7 @@ from trainer.replay.trajectory import (
     drawn_timesteps,
     point_seeds,
     relabel,
+    teacher_call,
     trajectory_labels,
     trajectory_seeds,
 )
@@ -41,9 +42,11 @@ GRAPHED = 16  # rows come in multiples of it: on CUDA each number of rows is a g
 
 @dataclass(frozen=True)
 class Labeller:
-    """A teacher that classifies; `classes` are those it is asked for, `name` tells its images from another's."""
+    """A teacher that classifies; `classes` are those it is asked for, `name` tells its images from another's, and
+    `directory` where it lies to a person."""
 
     name: str
+    directory: str
     predict: Predict
     classify: Callable[[Tensor], Tensor]  # (n, C, H, W) -> logits (n, K)
     schedule: NoiseSchedule
@@ -74,12 +77,14 @@ def sample_labelled(
     micro_batch: int,
     device: torch.device,
     pause: Callable[[], bool] = lambda: False,
+    alive: Callable[[], None] | None = None,
 ) -> Made | None:
     """One shard; a pure function of the request, the shard's number and the micro-batch, on one kind of device.
 
     Args:
         micro_batch: images sampled at once.
         pause: called after each micro-batch; True: stop.
+        alive: called at every evaluation of a network.
 
     Returns:
         None when told to stop.
@@ -92,7 +97,8 @@ def sample_labelled(
     wanted = trajectory_labels(request, indices)
     batch = _empty(request, indices, wanted, device)
     rejected, evaluations, lacking = 0, 0, Counter[int]()
-    for teacher in teachers:
+    for asked in teachers:
+        teacher = replace(asked, predict=teacher_call(asked.predict, alive))
         rows = np.flatnonzero(np.isin(wanted, np.asarray(teacher.classes)))
         if not len(rows):
             continue
@@ -142,7 +148,7 @@ def _ask(teacher: Labeller, batch: TrajectoryBatch, rows: Int64, device: torch.d
     assert batch.end is not None and batch.targets is not None
     places = _on(rows, device)
     end, seeds, t = batch.end[places], batch.seeds[places], batch.t[places]
-    answers = relabel(teacher.predict, teacher.schedule, end, seeds, t, batch.label[places])
+    answers = relabel(teacher.predict, teacher.schedule, end, seeds, t, None)
     batch.targets[places] = torch.stack(answers, dim=1)
 
 
@@ -172,7 +178,7 @@ def _fill(
         found.sampled += count
         if pause():
             return None
-    _stand_in(request, found, spare, {label: left for label, left in open_rows.items() if left})
+    _stand_in(teacher, request, found, spare, {label: left for label, left in open_rows.items() if left})
     return found
 
 
@@ -204,7 +210,9 @@ def _sample(
     return zip(images, logits, labels.tolist(), start.tolist(), strict=True)
 
 
-def _stand_in(request: ReplayRequest, found: _Found, spare: _Found, lacking: dict[int, list[int]]) -> None:
+def _stand_in(
+    teacher: Labeller, request: ReplayRequest, found: _Found, spare: _Found, lacking: dict[int, list[int]]
+) -> None:
     """Fill the rows that are still open, by class, in the way the request asks for.
 
     Raises:
@@ -215,7 +223,7 @@ def _stand_in(request: ReplayRequest, found: _Found, spare: _Found, lacking: dic
     if request.missing == Missing.fail.value:
         label, left = min(lacking.items())
         raise UserError(
-            f"{request.teacher}: of {found.sampled} images too few are of class {label}: {len(left)} more are needed "
+            f"{teacher.directory}: of {found.sampled} images too few are of class {label}: {len(left)} more are needed "
             "(jdcl.missing=fail; keys jdcl.candidates, jdcl.missing)"
         )
     made = list(found.images)  # rows, in the order in which they were filled

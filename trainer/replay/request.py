@@ -34,9 +34,10 @@ from trainer.steps import checkpoint_interval, replay_steps
 if TYPE_CHECKING:
     from trainer.models.teacher import TeacherCard
 
-REQUEST_SCHEMA = 6
+REQUEST_SCHEMA = 5
 _BLOCK, _RECORD, _NPY_HEADER = 512, 10240, 128  # of tar and npy files
 # What may change between attempts without making another pool.
+_LABELLED_FIELDS = ("local_teacher_id", "local_classes", "outputs", "candidates", "missing")
 _FREE_FIELDS = (
     *("teacher", "local_teacher", "positions", "step_positions", "shards", "reuse"),
     *("pool_bytes", "pool_shards", "low_watermark"),
@@ -195,7 +196,15 @@ class ReplayRequest:
 
     def sampler(self) -> dict[str, Any]:
         """What decides the bytes of a shard, beside the teacher: kept in the manifest with each shard."""
-        return {key: value for key, value in asdict(self).items() if key not in (*_FREE_FIELDS, "teacher_id")}
+        free = (*_FREE_FIELDS, "teacher_id", *(() if self.labelled else _LABELLED_FIELDS))
+        return {key: value for key, value in asdict(self).items() if key not in free}
+
+
+# Keys that older requests lack, as they meant them.
+_YOUNGER: dict[str, Any] = {
+    **{"local_teacher": "", "local_teacher_id": "", "local_classes": [], "outputs": 0},
+    **{"candidates": 1.0, "missing": Missing.repeat.value},
+}
 
 
 def make_request(
@@ -347,6 +356,7 @@ def read_request(path: Path) -> ReplayRequest:
             f"{path}: not a replay request of schema {REQUEST_SCHEMA}; remove {path.parent} to make it anew"
         )
     names = {entry.name: str(entry.type) for entry in fields(ReplayRequest)}
+    content = _YOUNGER | content
     for name, kind in names.items():
         if name not in content or type(content[name]).__name__ != kind.partition("[")[0]:
             raise UserError(f"{path}: {name} is missing or not of type {kind}")

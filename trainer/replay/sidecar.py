@@ -357,7 +357,7 @@ class Sampler:
             return self.stop.is_set()
 
         with torch.inference_mode():
-            return sample_labelled(teachers, request, shard, micro_batch, self.device, pause)
+            return sample_labelled(teachers, request, shard, micro_batch, self.device, pause, self._sampling)
 
     def _sampling(self) -> None:
         self.beat("sampling")

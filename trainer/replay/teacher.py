@@ -45,7 +45,7 @@ def open_labellers(run: RunDir, request: ReplayRequest, device: torch.device) ->
     ):
         model, schedule = _open(run.root / directory, request, teacher_id, device)
         predict = fast_predict(model, device, compiled=request.compile)
-        labellers.append(Labeller(name, predict, model.classify, schedule, classes))
+        labellers.append(Labeller(name, directory, predict, model.classify, schedule, classes))
     return labellers
 
 

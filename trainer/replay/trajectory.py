@@ -150,7 +150,7 @@ def _ask_about_noise(
 
 
 def relabel(
-    predict: Predict, schedule: NoiseSchedule, end: Tensor, seeds: Tensor, t: Tensor, label: Tensor
+    predict: Predict, schedule: NoiseSchedule, end: Tensor, seeds: Tensor, t: Tensor, label: Tensor | None
 ) -> list[Tensor]:
     """The teacher's predictions at re-noised end points, fp16 (B, C, H, W) for each column of seeds and t.
 
