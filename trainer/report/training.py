@@ -14,6 +14,7 @@ from trainer.report.measures import Values, as_array
 
 PANELS = (  # name, title, keys with what they are called, log scale
     ("training-loss", "loss", (("loss", "all"), ("current", "current task"), ("replay", "replay")), True),
+    ("training-classification", "cross-entropy", (("classification", "labels"), ("logits", "teachers' logits")), True),
     ("training-penalty", "value of the penalty", (("penalty", "penalty"),), False),
     ("training-gradient", "norm of the gradient, before clipping", (("grad_norm", "gradient"),), True),
     ("training-speed", "images per second", (("images_per_second", "images"),), False),
