@@ -12,12 +12,17 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from safetensors.torch import save as serialise
 
 from trainer.config import DiffusionConfig, Prediction, Schedule
 from trainer.data.shards import fsync_directory, write_atomic
+from trainer.models.denoiser import UNET_PREFIX, Denoiser
+from trainer.models.exported_classifier import WEIGHTS
 from trainer.models.teacher import TeacherCard, load_teacher
 
 CONDITIONAL_SOURCE = Path(__file__).with_name("conditional_pipeline.py")
+CLASSIFIER_SOURCE = Path(__file__).with_name("exported_classifier.py")
+CLASSIFIER_NAME = "classifier.py"
 PIPELINE_NAME = "pipeline.py"
 CLASSES_NAME = "classes.json"
 BETA_SCHEDULES = {Schedule.linear: "linear", Schedule.cosine: "squaredcos_cap_v2"}
@@ -32,7 +37,8 @@ def export_pipeline(directory: Path, teacher_directory: Path) -> None:
 
     It loads as diffusers' own DDIMPipeline, whose call samples from an unconditional model. For a conditional one,
     which no pipeline of diffusers samples from, `pipeline.py` beside it takes `class_labels`:
-    `DiffusionPipeline.from_pretrained(directory, custom_pipeline=directory, trust_remote_code=True)`.
+    `DiffusionPipeline.from_pretrained(directory, custom_pipeline=directory, trust_remote_code=True)`. The classifier of
+    a model that has one lies beside it, with `classifier.py`, whose `load_classifier(directory)` gives it.
 
     Raises:
         UserError: no sound teacher in `teacher_directory`.
@@ -41,12 +47,20 @@ def export_pipeline(directory: Path, teacher_directory: Path) -> None:
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         _write(temporary, model.unet, card)
+        if model.head is not None:
+            _write_classifier(temporary, model)
         if directory.exists():
             shutil.rmtree(directory)
         temporary.replace(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     fsync_directory(directory.parent)
+
+
+def _write_classifier(directory: Path, model: Denoiser) -> None:
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(UNET_PREFIX)}
+    write_atomic(directory / WEIGHTS, serialise(weights))
+    write_atomic(directory / CLASSIFIER_NAME, CLASSIFIER_SOURCE.read_bytes())
 
 
 def make_scheduler(config: DiffusionConfig) -> DDIMScheduler:
