@@ -60,7 +60,7 @@ def result_final(key: str) -> Read:
 
 MEASURES: dict[str, Read] = {
     **{key: final(key) for key in ("fd", "kld", "precision", "recall")},
-    "classifier": lambda outcome: float(outcome.result["final"]["classifier_accuracy"]),
+    "classifier": result_final("classifier_accuracy"),
     "memorised": lambda outcome: outcome.memorised,
     "bpd": lambda outcome: statistics.fmean(outcome.bpd),
     "bpd_grown": lambda outcome: outcome.bpd_grown,
@@ -207,7 +207,7 @@ def _more_accurate(outcomes: Outcomes, ours: str, theirs: str, by: float) -> lis
         return []
     read = MEASURES["average_accuracy"]
     measured = difference(numbers(outcomes[ours], read), numbers(outcomes[theirs], lambda run: read(run) + by))
-    bar = {0.0: f"{ours} above {theirs}"}.get(by, f"{ours} more than {100 * by:+.0f} points from {theirs}")
+    bar = f"{ours} more than {100 * by:+.0f} points from {theirs}" if by else f"{ours} above {theirs}"
     return [Answer(f"average accuracy: {bar}", measured, "difference", "above")]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 REQUEST_SCHEMA = 5
 _BLOCK, _RECORD, _NPY_HEADER = 512, 10240, 128  # of tar and npy files
+_LABELLED_FIELDS = ("local_teacher_id", "local_classes", "outputs", "candidates", "missing")  # of labelled pools alone
 # What may change between attempts without making another pool.
-_LABELLED_FIELDS = ("local_teacher_id", "local_classes", "outputs", "candidates", "missing")
 _FREE_FIELDS = (
     *("teacher", "local_teacher", "positions", "step_positions", "shards", "reuse"),
     *("pool_bytes", "pool_shards", "low_watermark"),
@@ -200,13 +200,6 @@ class ReplayRequest:
         return {key: value for key, value in asdict(self).items() if key not in free}
 
 
-# Keys that older requests lack, as they meant them.
-_YOUNGER: dict[str, Any] = {
-    **{"local_teacher": "", "local_teacher_id": "", "local_classes": [], "outputs": 0},
-    **{"candidates": 1.0, "missing": Missing.repeat.value},
-}
-
-
 def make_request(
     config: Config,
     run: RunDir,
@@ -356,8 +349,11 @@ def read_request(path: Path) -> ReplayRequest:
             f"{path}: not a replay request of schema {REQUEST_SCHEMA}; remove {path.parent} to make it anew"
         )
     names = {entry.name: str(entry.type) for entry in fields(ReplayRequest)}
-    content = _YOUNGER | content
+    # Older requests lack the keys that have defaults, which are what they meant.
+    optional = {entry.name for entry in fields(ReplayRequest) if {entry.default, entry.default_factory} != {MISSING}}
     for name, kind in names.items():
+        if name in optional and name not in content:
+            continue
         if name not in content or type(content[name]).__name__ != kind.partition("[")[0]:
             raise UserError(f"{path}: {name} is missing or not of type {kind}")
     unknown = content.keys() - names.keys()
@@ -366,7 +362,7 @@ def read_request(path: Path) -> ReplayRequest:
     request = ReplayRequest(**content)
     wrong = next((name for name, holds in _possible(request) if not holds), None)
     if wrong is not None:
-        raise UserError(f"{path}: {wrong}={one_line(content[wrong])} is not possible")
+        raise UserError(f"{path}: {wrong}={one_line(getattr(request, wrong))} is not possible")
     return request
 
 
