@@ -24,8 +24,7 @@ from field.answers import Answer, answers_of, rows_of
 from field.document import answer_cells, head_of, row_cells
 from field.outcome import Outcomes, collect
 from field.plot import plot
-from field.rows import EVALUATION, QUESTIONS, SETTINGS, Question
-from quality.variants import DATA
+from field.rows import DATA, QUESTIONS, SETTINGS, Question
 from rich.console import Console
 from rich.table import Table
 
@@ -95,7 +94,7 @@ def show(question: Question, rows: Sequence[dict[str, Any]], answers: Sequence[A
 def main(argv: list[str]) -> int:
     options = make_parser().parse_intermixed_args(argv)
     data, question = DATA[options.data], choose(QUESTIONS[options.question], options.rows)
-    overrides = last_words([*data.settings, *EVALUATION, *options.overrides])
+    overrides = last_words([*data.settings, *options.overrides])
     out = options.out or Path("runs") / f"methods-{options.data}"
     runs = train(question, options.data, options.seeds, out, options.jobs, overrides)
     outcomes: Outcomes = collect(runs, data.samples, options.jobs)

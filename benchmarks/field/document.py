@@ -9,10 +9,9 @@ from typing import Any
 
 from catalogue import line, with_table
 from quality.document import interval_text
-from quality.variants import DATA
 
 from field.answers import COLUMNS
-from field.rows import QUESTIONS
+from field.rows import DATA, QUESTIONS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
 TITLES = {

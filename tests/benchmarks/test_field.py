@@ -10,10 +10,9 @@ from field.answers import Answer, answers_of, rows_of
 from field.document import table
 from field.outcome import Outcome
 from field.plot import plot
-from field.rows import EVALUATION, FINETUNE_BOTH, GD, GR, JDCL, JOINT, JOINT_BOTH, QUESTIONS, SETTINGS
+from field.rows import DATA, FINETUNE_BOTH, GD, GR, JDCL, JOINT, JOINT_BOTH, QUESTIONS, SETTINGS
 from methods import choose, last_words, show
 from quality.paired import Interval
-from quality.variants import DATA
 
 from trainer.errors import UserError
 from trainer.settings import load_config
@@ -174,8 +173,5 @@ def test_every_question_has_a_table_and_a_picture(
 @pytest.mark.parametrize("data", list(DATA))
 def test_every_row_is_a_configuration(data: str) -> None:
     settings = DATA[data]
-    found = [
-        load_config(settings.config, [*settings.settings, *EVALUATION, *mine, "run.name=a"])
-        for mine in SETTINGS.values()
-    ]
+    found = [load_config(settings.config, [*settings.settings, *mine, "run.name=a"]) for mine in SETTINGS.values()]
     assert all(one != other for place, one in enumerate(found) for other in found[:place])
