@@ -352,27 +352,27 @@ def _time_trainer(config: Config, world: World) -> tuple[float, float, str]:
         if config.train.micro_batch == AUTO:
             config.train.micro_batch = images if world.device.type == "cpu" else largest_fitting(config, world)
         with closing(Engine(fresh_model(config), config, world)) as engine:
-            make = partial(_examples, config, dtype=engine.dtype, device=world.device)
+            make = partial(trial_examples, config, dtype=engine.dtype, device=world.device)
             fed = loads(config, make, images, points)[-1], loads(config, make, images, 0)[0]
             taken: list[tuple[float, int]] = []
             for current, rehearsed in fed:
                 for _ in range(WARM_UPS):
-                    _step(engine, method, current, rehearsed)
-                work = partial(_step, engine, method, current, rehearsed)
+                    trial_step(engine, method, current, rehearsed)
+                work = partial(trial_step, engine, method, current, rehearsed)
                 taken.append(_timed(work, world.device))
     (with_replay, many), (without, others) = taken
     told = f"{many} steps of {images} real images with {points} replay points and {others} without on"
     return with_replay, without, f"{told} {device_name(world.device)}"
 
 
-def _step(engine: Engine, method: Method, current: Examples, rehearsed: Examples | None) -> None:
+def trial_step(engine: Engine, method: Method, current: Examples, rehearsed: Examples | None) -> None:
     weights = Weights() if rehearsed is None else Weights(share=0.5)
     for part, rehearsed_part in micro_batches(current, rehearsed, engine.accumulation):
         engine.backward(method.loss(engine.model, part, rehearsed_part, weights)["loss"])
     engine.step()
 
 
-def _examples(config: Config, count: int, *, dtype: torch.dtype, device: torch.device) -> Examples:
+def trial_examples(config: Config, count: int, *, dtype: torch.dtype, device: torch.device) -> Examples:
     data = config.data
     shape = count, data.channels, data.image_size, data.image_size
     noise = torch.Generator().manual_seed(config.run.seed)
