@@ -24,7 +24,7 @@ from field.answers import Answer, answers_of, rows_of
 from field.document import answer_cells, head_of, row_cells
 from field.outcome import Outcomes, collect
 from field.plot import plot
-from field.rows import DATA, QUESTIONS, SETTINGS, Question
+from field.rows import DATA, QUESTIONS, Question, settings_of
 from rich.console import Console
 from rich.table import Table
 
@@ -69,7 +69,7 @@ def train(question: Question, data: str, seeds: int, out: Path, jobs: int, overr
     """All runs of a question; those that are finished already are not trained again."""
     wanted = Comparison(
         config=DATA[data].config,
-        rows=tuple(Row(name, SETTINGS[name]) for name in question.rows),
+        rows=tuple(Row(name, settings_of(name, data)) for name in question.rows),
         seeds=tuple(range(seeds)),
         out=out,
         overrides=(*overrides,),
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
     out = options.out or Path("runs") / f"methods-{options.data}"
     runs = train(question, options.data, options.seeds, out, options.jobs, overrides)
     outcomes: Outcomes = collect(runs, data.samples, options.jobs)
-    rows, answers = rows_of(question, outcomes), answers_of(question, outcomes)
+    rows, answers = rows_of(question, outcomes, options.data), answers_of(question, outcomes)
     show(question, rows, answers, f"{options.data}, {data.samples:,} samples")
     content = {
         "command": command_line("methods.py", argv),

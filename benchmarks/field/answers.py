@@ -21,9 +21,9 @@ from field.rows import (
     JOINT_BOTH,
     QUESTIONS,
     SEPARATE,
-    SETTINGS,
     UNDISTILLED,
     Question,
+    settings_of,
 )
 
 Read = Callable[[Outcome], float]
@@ -76,7 +76,7 @@ COLUMNS = {
 }
 
 
-def rows_of(question: Question, outcomes: Outcomes) -> list[dict[str, Any]]:
+def rows_of(question: Question, outcomes: Outcomes, data: str) -> list[dict[str, Any]]:
     """The rows of a question's table, as they stand in a result file; those without a finished run are left out."""
     rows: list[dict[str, Any]] = []
     for name in question.rows:
@@ -84,7 +84,12 @@ def rows_of(question: Question, outcomes: Outcomes) -> list[dict[str, Any]]:
         if not mine:
             continue
         values = {key: spread(numbers(mine, MEASURES[key])) for key in COLUMNS[question.name]}
-        row: dict[str, Any] = {"row": name, "settings": list(SETTINGS[name]), "seeds": sorted(mine), "values": values}
+        row: dict[str, Any] = {
+            "row": name,
+            "settings": [*settings_of(name, data)],
+            "seeds": [*sorted(mine)],
+            "values": values,
+        }
         if question.name == "timesteps":
             row["loss_grown"] = _means([outcome.loss_grown for outcome in mine.values()])
             row["loss_forgotten"] = _means([outcome.loss_forgotten for outcome in mine.values()])

@@ -30,10 +30,8 @@ EVALUATION = (
 )
 
 # Thirty runs want less of a data set than the few of replay's do.
-_FEWER = (
-    *("train.images_per_task=6400", "train.global_batch=32", "evaluation.samples=1000"),
-    *("classifier.epochs=2", "classifier.replay_images=2000"),
-)
+_FEWER = ("train.images_per_task=6400", "train.global_batch=32", "classifier.epochs=2", "evaluation.samples=1000")
+_FEWER_REPLAYED = "classifier.replay_images=2000"
 _REDUCED = "16x16 pixels, 6 classes in 3 tasks, 200 steps of 32 + 32 a task, U-Net 32-64, Adam 1e-3, EMA 0.98"
 
 
@@ -71,6 +69,12 @@ SETTINGS = {
         for coefficient in COEFFICIENTS
     },
 }
+
+
+def settings_of(row: str, data: str) -> tuple[str, ...]:
+    """What a row sets beside its data set's settings."""
+    replays = row.startswith((GD, GR)) and data != "digits"
+    return (*SETTINGS[row], *((_FEWER_REPLAYED,) if replays else ()))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from field.answers import Answer, answers_of, rows_of
 from field.document import table
 from field.outcome import Outcome
 from field.plot import plot
-from field.rows import DATA, FINETUNE_BOTH, GD, GR, JDCL, JOINT, JOINT_BOTH, QUESTIONS, SETTINGS
+from field.rows import DATA, FINETUNE_BOTH, GD, GR, JDCL, JOINT, JOINT_BOTH, QUESTIONS, SETTINGS, settings_of
 from methods import choose, last_words, show
 from quality.paired import Interval
 
@@ -65,7 +65,7 @@ def test_one_seed_decides_nothing() -> None:
 
 def test_a_row_without_runs_is_left_out() -> None:
     some = {row: seeds for row, seeds in order().items() if row != GR}
-    assert [row["row"] for row in rows_of(QUESTIONS["order"], some)] == [JOINT, GD, "finetune"]
+    assert [row["row"] for row in rows_of(QUESTIONS["order"], some, "digits")] == [JOINT, GD, "finetune"]
     assert [answer.claim for answer in answers_of(QUESTIONS["order"], some)] == [
         f"FD: {JOINT} below {GD}",
         f"KLD: {JOINT} below {GD}",
@@ -122,7 +122,7 @@ def test_bits_mislead_where_all_is_forgotten() -> None:
 
 def test_growth_by_timestep() -> None:
     rows = {GD: {seed: outcome(5.0, 0.1, grown=3.0 + 0.1 * seed) for seed in range(3)}}
-    (row,), (first, last) = rows_of(QUESTIONS["timesteps"], rows), answers_of(QUESTIONS["timesteps"], rows)
+    (row,), (first, last) = rows_of(QUESTIONS["timesteps"], rows, "digits"), answers_of(QUESTIONS["timesteps"], rows)
     assert row["loss_grown"] == pytest.approx([1.5, 3.1, 1.0])
     assert row["loss_forgotten"] == pytest.approx([0.1, 0.084, 0.0])
     middle = (3.0 * 3.1 * 3.2) ** (1 / 3)
@@ -153,7 +153,7 @@ def test_every_question_has_a_table_and_a_picture(
         row: {seed: outcome(4.0 + seed + place, 0.1 + 0.01 * place, bpd=4.0 + place) for seed in range(2)}
         for place, row in enumerate(question.rows)
     }
-    rows, answers = rows_of(question, outcomes), answers_of(question, outcomes)
+    rows, answers = rows_of(question, outcomes, "digits"), answers_of(question, outcomes)
     show(question, rows, answers, "digits")
     assert question.rows[0] in capsys.readouterr().out
     content = {
@@ -173,5 +173,6 @@ def test_every_question_has_a_table_and_a_picture(
 @pytest.mark.parametrize("data", list(DATA))
 def test_every_row_is_a_configuration(data: str) -> None:
     settings = DATA[data]
-    found = [load_config(settings.config, [*settings.settings, *mine, "run.name=a"]) for mine in SETTINGS.values()]
+    rows = [settings_of(name, data) for name in SETTINGS]
+    found = [load_config(settings.config, [*settings.settings, *mine, "run.name=a"]) for mine in rows]
     assert all(one != other for place, one in enumerate(found) for other in found[:place])
