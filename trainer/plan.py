@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from trainer.rates import Supply, make_supply, measure_rates, rates_of_run
 from trainer.replay.devices import choose_devices
 from trainer.replay.request import estimate, plan_request
 from trainer.run import RunDir
+from trainer.scaling import Link, Scale, predict
 from trainer.settings import check_world
 from trainer.steps import count_parameters, replay_steps, stages
 
@@ -72,6 +74,7 @@ class Plan:
     on_starved: str
     replays: bool
     supply: Supply | None = None
+    scales: tuple[Scale, ...] = ()
 
     @property
     def memory_total(self) -> int:
@@ -138,6 +141,18 @@ def with_supply(plan: Plan, config: Config, run: Path | None) -> Plan:
     else:
         rates = rates_of_run(RunDir(run), config, trainer, teacher)
     return replace(plan, supply=make_supply(config, rates, plan.trainers, _teacher_devices(plan)))
+
+
+def with_scales(plan: Plan, config: Config, link: Link, devices: Sequence[int]) -> Plan:
+    """The plan with predictions for other numbers of devices, by the rates that it has.
+
+    Raises:
+        ConfigError: no rates, or too few devices.
+    """
+    if plan.supply is None:
+        raise ConfigError("--scale: predicts from measured rates; add --measure, or --rates RUN_DIR of an earlier run")
+    rates = plan.supply.rates
+    return replace(plan, scales=tuple(predict(config, rates, link, plan.trainers, count) for count in devices))
 
 
 def _kind(device: str) -> str:
@@ -221,7 +236,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def rich_plan(plan: Plan) -> RenderableType:
     """A plan for people."""
     tables = [_task_table(plan), _process_table(plan), _facts(plan)]
-    return Group(*tables, *([_supply_table(plan, plan.supply)] if plan.supply else []))
+    tables += [_supply_table(plan, plan.supply)] if plan.supply else []
+    return Group(*tables, *([_scale_table(plan)] if plan.scales else []))
 
 
 def _task_table(plan: Plan) -> Table:
@@ -286,6 +302,23 @@ def _supply_table(plan: Plan, supply: Supply) -> Table:
         ("source", rates.source),
     ]
     return _named("teachers, by measured rates", facts)
+
+
+def _scale_table(plan: Plan) -> Table:
+    table = Table(title="on more devices, each with its present share of a step: predicted, docs/scaling.md")
+    for title in ("devices", "train +\nsample", "global\nbatch", "step", "sending", "images/s", "efficiency"):
+        table.add_column(title, justify="right")
+    for title in ("read\nimages", "replay", "all tasks"):
+        table.add_column(title, justify="right")
+    for scale in plan.scales:
+        table.add_row(
+            *(f"{scale.devices:,}", f"{scale.trainers:,} + {scale.teachers:,}", f"{scale.global_batch:,}"),
+            *(f"{figure(1000 * scale.step_seconds)} ms", percent(scale.communication_seconds / scale.step_seconds)),
+            *(figure(scale.images_per_second), percent(scale.efficiency)),
+            *(f"{size(round(rate))}/s" for rate in (scale.image_bytes_per_second, scale.replay_bytes_per_second)),
+            f"{figure(scale.seconds / 3600)} h",
+        )
+    return table
 
 
 def _inline_facts(supply: Supply) -> list[tuple[str, str]]:

@@ -97,7 +97,7 @@ def fresh_model(config: Config, task: int = 1) -> Denoiser:
 
 def count_parameters(config: Config) -> int:
     """Weights of the denoiser, from its shapes alone: nothing is allocated. Raises ConfigError."""
-    return sum(parameter.numel() for parameter in _shapes_of_model(config).parameters())
+    return sum(parameter.numel() for parameter in shapes_of_model(config).parameters())
 
 
 def forward_flops(config: Config) -> int:
@@ -108,7 +108,7 @@ def forward_flops(config: Config) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
 
-    model, data = _shapes_of_model(config), config.data
+    model, data = shapes_of_model(config), config.data
     with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
         image = torch.empty(1, data.channels, data.image_size, data.image_size)
         zero = torch.zeros(1, dtype=torch.int64)
@@ -119,7 +119,7 @@ def forward_flops(config: Config) -> int:
     return counter.get_total_flops()
 
 
-def _shapes_of_model(config: Config) -> Denoiser:
+def shapes_of_model(config: Config) -> Denoiser:
     with torch.device("meta"):
         return build_denoiser(
             config.model,
