@@ -30,7 +30,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 test: dev
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not cluster'
 
 test-all: dev
 	$(BIN)/python -m pytest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from trainer.errors import ConfigError, UserError
 from trainer.preflight import (
     check_disk,
     check_run,
-    finished_result,
     lock_run,
     prepare_data,
     resolve_root,
@@ -22,7 +20,7 @@ from trainer.preflight import (
 from trainer.replay.state import write_json
 from trainer.replay.watch import given_up
 from trainer.run import RunDir
-from trainer.settings import as_plain, load_config, refused_changes
+from trainer.settings import as_plain, load_config
 
 TINY = ["model.channels=[8,8]", "model.norm_groups=4", "data.tasks=[[0,1],[2,3]]"]
 
@@ -47,37 +45,6 @@ def test_lock_keeps_others_out_and_ends_with_its_process(tmp_path: Path) -> None
     second.start()
     assert "a live run holds this directory" in result.get(timeout=20)
     second.join()
-
-
-def test_finished_only_with_every_task(tmp_path: Path) -> None:
-    config, run = load_config("digits", TINY), RunDir(tmp_path)
-    assert finished_result(run, config) is None
-    for content, finished in (({"tasks": 2, "final": {}}, True), ({"tasks": 1, "final": {}}, False), ([], False)):
-        run.metrics.write_text(json.dumps(content))
-        assert (finished_result(run, config) is not None) is finished
-    run.metrics.write_text('{"tasks": 2, "fin')
-    assert finished_result(run, config) is None
-
-
-def test_finished_only_with_the_classifier_asked_for(tmp_path: Path) -> None:
-    """One asked for later, or by other settings, is learnt by a run that was finished without it."""
-    run, plain, asked = (
-        RunDir(tmp_path),
-        load_config("digits", TINY),
-        load_config("digits", [*TINY, "classifier.epochs=2"]),
-    )
-    without, with_one = {"tasks": 2, "final": {}}, {"tasks": 2, "final": {"classifier": as_plain(asked)["classifier"]}}
-    for content, config, finished in (
-        (without, plain, True),
-        (without, asked, False),
-        (with_one, asked, True),
-        (with_one, plain, False),
-        (with_one, load_config("digits", [*TINY, "classifier.epochs=3"]), False),
-        ({"tasks": 2, "final": 3}, plain, False),
-    ):
-        run.metrics.write_text(json.dumps(content))
-        assert (finished_result(run, config) is not None) is finished
-    assert refused_changes(as_plain(plain), as_plain(asked)) == []
 
 
 def test_tasks_without_a_configuration_are_refused(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from trainer.cli import Parser, positive
 from trainer.config import Config, MethodName
 from trainer.errors import UserError
 from trainer.run import RunDir
-from trainer.scholar import asked_for
 from trainer.settings import as_plain, find_config, load_config, refused_changes, restore_config
+from trainer.standing import asked_for
 from trainer.tracking.table import number_text
 
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train.py"

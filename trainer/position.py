@@ -12,8 +12,8 @@ from typing import Any
 from trainer.checkpoint import CheckpointReader, DamagedCheckpoint
 from trainer.errors import UserError
 from trainer.run import RunDir
+from trainer.standing import STEP_PREFIX, checkpoint_steps
 
-STEP_PREFIX = "step-"
 DAMAGED_PREFIX = "damaged-"
 
 
@@ -63,7 +63,7 @@ def checkpoints(run: RunDir, tasks: int) -> list[tuple[int, int]]:
     """Task and step of every published checkpoint, newest first."""
     found = list[tuple[int, int]]()
     for task in range(tasks, 0, -1):
-        found += [(task, step) for step in reversed(_steps(run, task))]
+        found += [(task, step) for step in reversed(checkpoint_steps(run, task))]
     return found
 
 
@@ -107,7 +107,7 @@ def prune_checkpoints(run: RunDir, task: int, keep: int) -> None:
 
 
 def _keep_newest(run: RunDir, task: int, keep: int) -> None:
-    steps = _steps(run, task)
+    steps = checkpoint_steps(run, task)
     for step in steps[:-keep]:
         _delete(checkpoint_path(run, task, step))
     for path in run.checkpoints(task).glob(f"{DAMAGED_PREFIX}{STEP_PREFIX}*"):
@@ -122,9 +122,3 @@ def _delete(path: Path) -> None:
     """
     with suppress(OSError):
         shutil.rmtree(path.rename(path.with_name(f".{path.name}.{os.getpid()}.old")))
-
-
-def _steps(run: RunDir, task: int) -> list[int]:
-    """Steps of a task's published checkpoints, ascending."""
-    names = [path.name.removeprefix(STEP_PREFIX) for path in run.checkpoints(task).glob(f"{STEP_PREFIX}*")]
-    return sorted(int(name) for name in names if name.isdecimal())

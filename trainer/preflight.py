@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -27,7 +25,6 @@ from trainer.models.teacher import read_card as read_teacher_card
 from trainer.replay.request import plan_request
 from trainer.replay.state import read_json, writer_lives
 from trainer.run import RunDir
-from trainer.scholar import asked_for
 from trainer.settings import as_plain, refused_changes, restore_config
 from trainer.steps import replay_steps
 
@@ -90,18 +87,6 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def finished_result(run: RunDir, config: Config) -> dict[str, Any] | None:
-    """The result of a run that has learnt every task of the configuration, with the classifier asked for, else None."""
-    try:
-        content = json.loads(run.metrics.read_bytes())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(content, dict) or not isinstance(final := content.get("final"), dict):
-        return None
-    complete = content.get("tasks") == len(config.data.tasks) and final.get("classifier") == asked_for(config)
-    return content if complete else None
 
 
 def check_run(config: Config, run: RunDir) -> None:

@@ -20,7 +20,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ from trainer.models.teacher import read_card
 from trainer.probe import Probe
 from trainer.run import RunDir
 from trainer.seeds import hash_key
+from trainer.standing import asked_for
 from trainer.steps import images_of_task
 from trainer.tracking.tracker import Tracker
 from trainer.world import World
@@ -55,11 +55,6 @@ WEIGHTS_NAME = "classifier.safetensors"
 CARD_NAME = "card.json"  # written last, so its presence says that the file beside it is complete
 CARD_LIMIT = 1 << 20  # bytes
 VERSION = 1  # of what is done with the settings
-
-
-def asked_for(config: Config) -> dict[str, Any] | None:
-    """What a result says of the classifier of a configuration; None for one without."""
-    return asdict(config.classifier) if config.classifier.epochs else None
 
 
 class Scholar:

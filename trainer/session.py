@@ -22,13 +22,14 @@ from trainer.judge import Judge
 from trainer.lifeline import tie_to_launcher
 from trainer.loop import Trainer
 from trainer.micro_batch import settle
-from trainer.preflight import check_run, finished_result, lock_run, preflight, resolve_root
+from trainer.preflight import check_run, lock_run, preflight, resolve_root
 from trainer.replay.devices import choose_devices, node_gpus, visible_gpus
 from trainer.replay.state import read_state, write_state
 from trainer.replay.supervisor import Supervisor, supervise_until_finished
 from trainer.report.source import is_current
 from trainer.run import RunDir
 from trainer.settings import check_world
+from trainer.standing import finished_result
 from trainer.steps import images_of_task
 from trainer.stop import Stopped, StopRequest
 from trainer.tracking.table import print_result

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attack.scene import FOREIGN_TASK, Fault, Scene, fill_disk, number_of, parsed
-from trainer.position import STEP_PREFIX
 from trainer.replay.state import read_json
+from trainer.standing import STEP_PREFIX
 
 
 def flip_bit(path: Path, chance: random.Random, first: int = 0) -> int:
