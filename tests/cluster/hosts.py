@@ -70,6 +70,23 @@ class TwoHosts:
         named = [row for row in rows if len(row) == 2 and word in row[1]]
         return [int(row[0]) for row in named if not row[1].startswith(("sh", "bash"))]
 
+    def running(self, host: str) -> dict[int, str]:
+        """Command lines of all processes on a host, by their ids on the machine: to look at and to signal from here, also
+        while the host cannot be reached."""
+        first = _children(self._running[host].pid) if host in self._running else []
+        space = _pid_space(first[0]) if first else None
+        found: dict[int, str] = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            pid = int(path.name)
+            if space is not None and _pid_space(pid) == space:
+                with contextlib.suppress(OSError):
+                    found[pid] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        return found
+
+    def is_up(self, host: str) -> bool:
+        """Whether it was not killed, or was revived."""
+        return host in self._running
+
     def cut(self, host: str) -> None:
         """Pull the host's cable."""
         self._run("ip", "-n", self._switch, "link", "set", f"ve-{host}", "down")
@@ -231,6 +248,13 @@ def _children(pid: int) -> list[int]:
     with contextlib.suppress(OSError):
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
+
+
+def _pid_space(pid: int) -> str | None:
+    """The namespace of process ids that a process is in; None for one that is gone."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    return None
 
 
 def _kill(pid: int, number: int) -> None:
