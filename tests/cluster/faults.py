@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .hosts import HOSTS
-from .jobs import ROOT, Job, Place
+from .jobs import SCRIPTS, Job, Place
 
-TRAIN = str(ROOT / "launch" / "train.py")
+DEEPSPEED = str(SCRIPTS / "deepspeed")
 TABLE: list[str] = []  # a line for each fault, of all tests of a session
 
 
@@ -36,12 +36,12 @@ class Ended:
         told = "  ".join(
             f"{part} {'runs on' if time is None else f'{time:.1f}'}".ljust(18) for part, time in parts.items()
         )
-        return f"{name:<34}{told}exit {'-' if self.code is None else self.code}"
+        return f"{name:<36}{told}exit {'-' if self.code is None else self.code}"
 
 
 def kill_worker(place: Place) -> None:
     """kill -9 of the rank on the second host."""
-    _signal(place, "node2", signal.SIGKILL, " -u " + TRAIN)
+    _signal(place, "node2", signal.SIGKILL, "--local_rank=")
 
 
 def kill_host(place: Place) -> None:
@@ -61,12 +61,12 @@ def cut(place: Place) -> None:
 
 def terminate(place: Place) -> None:
     """SIGTERM to the `deepspeed` command."""
-    _signal(place, "node1", signal.SIGTERM, "bin/deepspeed ")
+    _signal(place, "node1", signal.SIGTERM, f"{DEEPSPEED} ")
 
 
 def lose_connections(place: Place) -> None:
     """kill -9 of the `deepspeed` command, pdsh and its ssh clients, as when the host that started the job is gone."""
-    _signal(place, "node1", signal.SIGKILL, "bin/deepspeed ", "pdsh -S", "ssh -oConnect")
+    _signal(place, "node1", signal.SIGKILL, f"{DEEPSPEED} ", "pdsh -S", "ssh -oConnect")
 
 
 def suffer(place: Place, job: Job, fault: Callable[[Place], None], limit: float) -> Ended:

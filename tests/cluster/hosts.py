@@ -71,8 +71,7 @@ class TwoHosts:
         return [int(row[0]) for row in named if not row[1].startswith(("sh", "bash"))]
 
     def running(self, host: str) -> dict[int, str]:
-        """Command lines of all processes on a host, by their ids on the machine: to look at and to signal from here, also
-        while the host cannot be reached."""
+        """Command lines of all processes on a host, by their ids on the machine: to look at and to signal from here."""
         first = _children(self._running[host].pid) if host in self._running else []
         space = _pid_space(first[0]) if first else None
         found: dict[int, str] = {}
@@ -253,7 +252,7 @@ def _children(pid: int) -> list[int]:
 def _pid_space(pid: int) -> str | None:
     """The namespace of process ids that a process is in; None for one that is gone."""
     with contextlib.suppress(OSError):
-        return os.readlink(f"/proc/{pid}/ns/pid")
+        return str(Path(f"/proc/{pid}/ns/pid").readlink())
     return None
 
 

@@ -44,7 +44,14 @@ SETTINGS: dict[str, Any] = {
 }
 # ssh gives up a silent host when the ranks do, so that pdsh, and `deepspeed` with it, ends as they do.
 ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=4"
-OURS = ("deepspeed", "train.py", "teacher.py", "trainer.replay", "pdsh")  # in the command lines of a job's processes
+OURS = (
+    "deepspeed",
+    "train.py",
+    "teacher.py",
+    "trainer.replay",
+    "pdsh",
+    "bare_rank.py",
+)  # in the command lines of a job's processes
 
 
 class Place:
@@ -79,7 +86,7 @@ class Place:
         environ = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PDSH_SSH_ARGS_APPEND": alive}
         given = " ".join(f"{name}={shlex.quote(value)}" for name, value in environ.items() if value)
         log = self.path / f"log-{self._logs}"
-        return Job(self.hosts.start(host, f"env {given} {words}", log, self.path), log)
+        return Job(self.hosts.start(host, f"exec env {given} {words}", log, self.path), log)
 
     def teachers(self) -> list[str]:
         """sha256 of the weights after each task."""
@@ -92,7 +99,7 @@ class Place:
         return max(0, (task - 1) * STEPS + step)
 
     def processes(self, host: str, *words: str) -> list[int]:
-        """Ids, on the machine, of the processes on a host whose command lines hold one of some words; a zombie has none."""
+        """Ids, on the machine, of the processes on a host whose command lines hold one of some words."""
         return sorted(pid for pid, line in self.hosts.running(host).items() if any(word in line for word in words))
 
     def left(self, host: str) -> list[int]:

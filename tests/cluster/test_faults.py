@@ -94,7 +94,7 @@ def test_a_network_mended_in_time_is_waited_for(shared: Place, one_host: list[st
     shared.hosts.mend("node2")
     job.wait_until(lambda: shared.checkpointed() > stood + 2 * 4)
     TABLE.append(
-        f"{'network cut, mended after 5 s':<34}goes on: next but one checkpoint {time.monotonic() - began:.1f}"
+        f"{'network cut, mended after 5 s':<36}goes on: next but one checkpoint {time.monotonic() - began:.1f}"
     )
     assert job.wait(START_SECONDS) == 0, job.printed()
     assert shared.teachers() == one_host
@@ -118,6 +118,6 @@ def test_a_lost_sidecar_host_is_waited_for(place: Place, one_host: list[str]) ->
     assert teacher.wait(START_SECONDS) == 0, teacher.printed()
     lost = time.monotonic() - began
     starved = json.loads(place.run.metrics.read_text())["cost"]["starved_seconds"]
-    TABLE.append(f"{'the host of an external sidecar lost':<34}goes on: starved {starved:.1f} in all, ended {lost:.1f}")
+    TABLE.append(f"{'the host of an external sidecar lost':<36}goes on: starved {starved:.1f} in all, ended {lost:.1f}")
     assert starved > TIMEOUT / 2
     assert place.teachers() == one_host
