@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sys.executable).parent
 STEPS = 80  # of each of the two tasks
 TIMEOUT = 20.0  # cluster.timeout, in seconds
-START_SECONDS = 300.0  # for processes of a busy machine to import what they need, and to come to a checkpoint
+START_SECONDS = 900.0  # for processes of a busy machine to import what they need, and to come to a checkpoint
 SETTINGS: dict[str, Any] = {
     "run": {"name": "run"},
     "data": {

@@ -10,7 +10,7 @@ import pytest
 from .hosts import HOSTS, TwoHosts, lacking, two_hosts
 from .jobs import START_SECONDS, Place, leftovers
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 
 def test_a_hostfile_trains_the_same_model(place: Place, one_host: list[str]) -> None:
