@@ -1,6 +1,6 @@
 # make demo       install into .venv and run the main job on the digits (a few minutes, no GPU needed)
 # make test       install with the dev extras and run the tests; test-all: the slow ones too
-# make cluster-test   train over two hosts made of Linux namespaces, with their faults (root; a quarter of an hour)
+# make cluster-test   train over two hosts made of Linux namespaces, with their faults (root; bring time)
 # make check      linters, formatting, types, layers
 PYTHON ?= python3
 VENV ?= .venv

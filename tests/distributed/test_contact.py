@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def meet(size: int, met: Path) -> Contact:
 def work_alone(met: Path, seconds: float) -> None:
     """The main rank works; the others wait for it in a collective that waits for ever."""
     contact = meet(3, met)
-    control = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    control: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if dist.get_rank() == 0:
         time.sleep(seconds)
     dist.all_reduce(torch.ones(1), group=control)
