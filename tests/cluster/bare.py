@@ -1,21 +1,24 @@
 """What DeepSpeed does by itself when the faults of `test_faults` befall a job: `python -m tests.cluster.bare`.
 
-The same two hosts and faults, a toy in place of the trainer, no setting for ssh; each is watched for WATCHED_SECONDS.
+Words after it choose those faults in whose names they occur. The same two hosts and faults, a toy in place of the
+trainer, no setting for ssh; each is watched for WATCHED_SECONDS.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from . import faults
-from .hosts import TwoHosts, lacking, two_hosts
-from .jobs import ROOT, Place
+from .hosts import lacking, two_hosts
+from .jobs import ROOT, Job, Place
 
 WATCHED_SECONDS = 100.0
 MEND_SECONDS = 5.0
+MENDED = "network cut, mended after 5 s"
 STEPS = 20  # made before the fault
 FAULTS: dict[str, Callable[[Place], None]] = {
     "a worker killed (-9)": faults.kill_worker,
@@ -27,36 +30,36 @@ FAULTS: dict[str, Callable[[Place], None]] = {
 }
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Print a line for each fault as soon as it is over."""
     reason = lacking()
     if reason is not None:
         raise SystemExit(reason)
+    chosen = [name for name in (*FAULTS, MENDED) if not words or any(word in name for word in words)]
     with tempfile.TemporaryDirectory() as directory, two_hosts(Path(directory) / "hosts") as hosts:
-        for number, (name, fault) in enumerate(FAULTS.items()):
+        for number, name in enumerate(chosen):
             place = Place(hosts, Path(directory) / str(number))
-            job = place.start(
-                f"{faults.DEEPSPEED} --hostfile hostfile1 {ROOT / 'tests/cluster/bare_rank.py'}", "node1", ""
-            )
+            script = ROOT / "tests" / "cluster" / "bare_rank.py"
+            job = place.start(f"{faults.DEEPSPEED} --hostfile hostfile1 {script}", "node1", "")
             job.wait_until(lambda place=place: counted(place) >= STEPS)
-            print(faults.suffer(place, job, fault, WATCHED_SECONDS).line(name), flush=True)
+            told = (
+                mend(place, job)
+                if name == MENDED
+                else faults.suffer(place, job, FAULTS[name], WATCHED_SECONDS).line(name)
+            )
+            print(told, flush=True)
             place.end()
-        mended(hosts, Path(directory) / "mended")
 
 
-def mended(hosts: TwoHosts, path: Path) -> None:
+def mend(place: Place, job: Job) -> str:
     """A cut that does not last."""
-    place = Place(hosts, path)
-    job = place.start(f"{faults.DEEPSPEED} --hostfile hostfile1 {ROOT / 'tests/cluster/bare_rank.py'}", "node1", "")
-    job.wait_until(lambda: counted(place) >= STEPS)
     began = time.monotonic()
-    hosts.cut("node2")
+    place.hosts.cut("node2")
     time.sleep(MEND_SECONDS)
-    hosts.mend("node2")
     stood = counted(place)
+    place.hosts.mend("node2")
     job.wait_until(lambda: counted(place) > stood)
-    print(f"{'network cut, mended after 5 s':<36}goes on: next step {time.monotonic() - began:.1f}")
-    place.end()
+    return f"{MENDED:<36}goes on: next step {time.monotonic() - began:.1f}"
 
 
 def counted(place: Place) -> int:
@@ -67,4 +70,4 @@ def counted(place: Place) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
