@@ -42,7 +42,7 @@ class Contact:
         """
         self.timeout, self._group, self._hosts, self._end = timeout, group, hosts, end
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
-        self.interval = min(LONGEST_INTERVAL, timeout / 8)
+        self.interval = min(LONGEST_INTERVAL, timeout / 16)
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="contact", daemon=True)
 

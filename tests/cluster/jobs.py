@@ -39,9 +39,9 @@ SETTINGS: dict[str, Any] = {
     "replay": {"steps": 3, "points_per_trajectory": 4, "shard_trajectories": 16, "sampler_batch": 16, "timeout": 240},
     "evaluation": {"samples": 48, "steps": 3, "classifier_epochs": 1, "grid_per_class": 2},
     "checkpoint": {"every_images": 4 * 16},
-    "cluster": {"timeout": TIMEOUT},
     "tracking": {"progress": False},
 }
+SHORT = {"cluster": {"timeout": TIMEOUT}}  # beside these, for jobs that something befalls
 # ssh gives up a silent host when the ranks do, so that pdsh, and `deepspeed` with it, ends as they do.
 ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=4"
 OURS = (

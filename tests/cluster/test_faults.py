@@ -15,7 +15,7 @@ import pytest
 from . import faults
 from .faults import TABLE, Ended
 from .hosts import HOSTS, TwoHosts
-from .jobs import START_SECONDS, STEPS, TIMEOUT, Job, Place
+from .jobs import SETTINGS, SHORT, START_SECONDS, STEPS, TIMEOUT, Job, Place
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
@@ -27,7 +27,7 @@ WATCHED_SECONDS = 150.0
 
 @pytest.fixture(scope="module")
 def shared(hosts: TwoHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    place = Place(hosts, tmp_path_factory.mktemp("faults") / "place")
+    place = Place(hosts, tmp_path_factory.mktemp("faults") / "place", SETTINGS | SHORT)
     yield place
     place.end()
 
