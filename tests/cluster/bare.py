@@ -59,7 +59,7 @@ def mend(place: Place, job: Job) -> str:
     stood = counted(place)
     place.hosts.mend("node2")
     job.wait_until(lambda: counted(place) > stood)
-    return f"{MENDED:<36}goes on: next step {time.monotonic() - began:.1f}"
+    return f"{MENDED:<38}goes on: next step {time.monotonic() - began:.1f}"
 
 
 def counted(place: Place) -> int:

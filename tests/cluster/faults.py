@@ -36,7 +36,7 @@ class Ended:
         told = "  ".join(
             f"{part} {'runs on' if time is None else f'{time:.1f}'}".ljust(18) for part, time in parts.items()
         )
-        return f"{name:<36}{told}exit {'-' if self.code is None else self.code}"
+        return f"{name:<38}{told}exit {'-' if self.code is None else self.code}"
 
 
 def kill_worker(place: Place) -> None:

@@ -40,8 +40,23 @@ def goes_on(place: Place) -> Job:
     return job
 
 
-def suffer(place: Place, fault: Callable[[Place], None], name: str) -> tuple[Job, Ended]:
-    job = goes_on(place)
+def learns(place: Place) -> Job:
+    """The command, once it learns: no checkpoint is due before the end of a task."""
+    lines = logged(place)
+    job = place.deepspeed("--hostfile hostfile1", "checkpoint.every_images=1000000")
+    job.wait_until(lambda: logged(place) >= lines + 3)
+    return job
+
+
+def logged(place: Place) -> int:
+    log = place.run.metrics_log
+    return log.read_text().count('"event": "train"') if log.exists() else 0
+
+
+def suffer(
+    place: Place, fault: Callable[[Place], None], name: str, start: Callable[[Place], Job] = goes_on
+) -> tuple[Job, Ended]:
+    job = start(place)
     ended = faults.suffer(place, job, fault, WATCHED_SECONDS)
     TABLE.append(ended.line(name))
     place.end()
@@ -73,15 +88,17 @@ def test_a_cut_network_ends_both_sides_in_time(shared: Place) -> None:
 
 def test_sigterm_to_the_command_saves_and_ends_all(shared: Place) -> None:
     before = shared.checkpointed()
-    _, ended = suffer(shared, faults.terminate, "SIGTERM to deepspeed")
+    _, ended = suffer(shared, faults.terminate, "SIGTERM to deepspeed", learns)
     assert ended.code and ended.last is not None and ended.last < SAVE_SECONDS + GRACE_SECONDS
-    assert shared.checkpointed() > before
+    assert shared.checkpointed() > before, "saved"
 
 
 def test_lost_connections_end_all(shared: Place) -> None:
     """As when the machine on which a person typed the command is gone."""
-    _, ended = suffer(shared, faults.lose_connections, "deepspeed, pdsh and ssh killed (-9)")
+    before = shared.checkpointed()
+    _, ended = suffer(shared, faults.lose_connections, "deepspeed, pdsh and ssh killed (-9)", learns)
     assert ended.last is not None and ended.last < SAVE_SECONDS + GRACE_SECONDS
+    assert shared.checkpointed() > before, "saved"
 
 
 def test_a_network_mended_in_time_is_waited_for(shared: Place, one_host: list[str]) -> None:
@@ -94,7 +111,7 @@ def test_a_network_mended_in_time_is_waited_for(shared: Place, one_host: list[st
     shared.hosts.mend("node2")
     job.wait_until(lambda: shared.checkpointed() > stood + 2 * 4)
     TABLE.append(
-        f"{'network cut, mended after 5 s':<36}goes on: next but one checkpoint {time.monotonic() - began:.1f}"
+        f"{'network cut, mended after 5 s':<38}goes on: next but one checkpoint {time.monotonic() - began:.1f}"
     )
     assert job.wait(START_SECONDS) == 0, job.printed()
     assert shared.teachers() == one_host
@@ -118,6 +135,6 @@ def test_a_lost_sidecar_host_is_waited_for(place: Place, one_host: list[str]) ->
     assert teacher.wait(START_SECONDS) == 0, teacher.printed()
     lost = time.monotonic() - began
     starved = json.loads(place.run.metrics.read_text())["cost"]["starved_seconds"]
-    TABLE.append(f"{'the host of an external sidecar lost':<36}goes on: starved {starved:.1f} in all, ended {lost:.1f}")
+    TABLE.append(f"{'the host of an external sidecar lost':<38}goes on: starved {starved:.1f} in all, ended {lost:.1f}")
     assert starved > TIMEOUT / 2
     assert place.teachers() == one_host
