@@ -53,12 +53,14 @@ def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's PR_SET_PDEATHSIG")
-@pytest.mark.parametrize(("victim", "signum"), [("launcher", signal.SIGKILL), ("runner", signal.SIGKILL)])
-def test_no_rank_outlives_the_launcher_or_the_runner(tmp_path: Path, victim: str, signum: int) -> None:
-    script = tmp_path / "deepspeed"  # the runner is known by its name
-    script.write_text(RUNNER)
+@pytest.mark.parametrize("name", ["deepspeed", "sshd-session"])
+@pytest.mark.parametrize("victim", ["launcher", "runner"])
+def test_no_rank_outlives_the_launcher_or_what_started_it(tmp_path: Path, victim: str, name: str) -> None:
+    script = tmp_path / name  # the runner, or the connection that the launcher was started by, is known by its name
+    script.write_text(f"#!{sys.executable}\n{RUNNER}")
+    script.chmod(0o755)
     runner = subprocess.Popen(
-        [sys.executable, str(script)],
+        [sys.executable, str(script)] if name == "deepspeed" else [str(script)],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -68,7 +70,7 @@ def test_no_rank_outlives_the_launcher_or_the_runner(tmp_path: Path, victim: str
     try:
         assert len(ranks) == 2
         assert all(map(alive, [launcher, *ranks]))
-        os.kill(runner.pid if victim == "runner" else launcher, signum)
+        os.kill(runner.pid if victim == "runner" else launcher, signal.SIGKILL)
         assert wait_until_gone([launcher, *ranks], 20) == []
     finally:
         for pid in filter(alive, [launcher, *ranks]):

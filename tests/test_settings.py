@@ -146,6 +146,9 @@ def test_config_is_also_looked_for_in_configs() -> None:
             "replay.placement=subprocess: lwf asks the teacher about the trainer's own batch",
         ),
         ("model.label_dropout=1", "model.label_dropout=1.0"),
+        ("cluster.timeout=5", "cluster.timeout=5.0: must be at least 10 s"),
+        ("cluster.timeout=1e6", "cluster.timeout=1000000.0: must not be above 86400 s"),
+        ("cluster.timeout=inf", "cluster.timeout=inf: is no finite number"),
         ("classifier.epochs=-1", "classifier.epochs=-1: must not be negative"),
         ("classifier.replay_images=-1", "classifier.replay_images=-1: must not be negative"),
         ("classifier.temperature=0", "classifier.temperature=0.0: must be above 0"),
@@ -246,7 +249,7 @@ def test_a_run_from_before_there_was_a_key_goes_on(tmp_path: Path) -> None:
 
 def test_what_may_change_between_attempts(tmp_path: Path) -> None:
     first = load_config("digits", ["data.tasks=[[0,1],[2,3]]"])
-    again = load_config("digits", ["data.tasks=[[0,1],[2,3],[4,5]]", "zero.stage=2", "train.micro_batch=8"])
+    again = load_config("digits", ["data.tasks=[[0,1],[2,3],[4,5]]", "zero.stage=2", "cluster.timeout=60"])
     assert refused_changes(as_plain(first), as_plain(again)) == []
     other = load_config("digits", ["data.tasks=[[0,1],[2,4]]", "train.global_batch=32", "optimizer.lr=1"])
     refused = refused_changes(as_plain(first), as_plain(other))

@@ -88,7 +88,7 @@ def test_a_process_without_launcher_is_a_world_of_one() -> None:
         "world = join_world(0, 1)\n"
         "import deepspeed.comm as comm\n"
         "print(world.rank, world.size, world.is_main, comm.get_world_size())\n"
-        "leave_world(int(__import__('sys').argv[1]))\n"
+        "leave_world(world, int(__import__('sys').argv[1]))\n"
     )
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environ |= {"PYTHONPATH": str(ROOT), "PATH": "/nonexistent"}  # no compiler and no ninja can be found

@@ -378,6 +378,11 @@ class ClassifierConfig:
 
 
 @dataclass
+class ClusterConfig:
+    timeout: float = 600.0  # seconds of silence after which ranks take another one for lost, and end
+
+
+@dataclass
 class CheckpointConfig:
     every_images: int = 0  # between checkpoints, by steps of train.global_batch; 0: four in each task
     keep: int = 2  # newest checkpoints kept while a task runs; the end of each task is always kept
@@ -409,6 +414,7 @@ class Config:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -4,6 +4,8 @@
 either leaves the ranks running as orphans that hold their devices. Here a rank gets SIGTERM when its launcher dies (the
 kernel's PR_SET_PDEATHSIG), so that it saves and ends, and is killed where it does not; when the runner is gone the
 node's first rank asks the launcher to stop, which ends every rank in the ordinary way: SIGTERM, time to save, SIGKILL.
+A launcher that a runner started over ssh (pdsh) is asked to stop when that connection has ended: sshd leaves commands
+without a terminal alone.
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ def tie_to_launcher() -> None:
         return
     if _is_runner(runner):
         watch_runner(launcher, runner)
+    elif (connection := _connection(launcher)) is not None:
+        child, server = connection
+        watch_runner(child, server, lambda _: _terminate(launcher))
     elif _is_adopted(runner) and _is_local(launcher):
         _terminate(launcher)  # its runner, which was on this machine, has died while this rank imported
 
@@ -75,7 +80,7 @@ def end_after_parent(parent: int, grace: float) -> threading.Thread:
 
 
 def watch_runner(launcher: int, runner: int, stop: Callable[[int], None] | None = None) -> threading.Thread:
-    """Stop `launcher` (SIGTERM) once it is no longer a child of `runner`, looking every second from a daemon thread."""
+    """Stop `launcher` (by SIGTERM) once it is no longer a child of `runner`: a daemon thread looks every second."""
 
     def watch() -> None:
         while _parent(launcher) == runner:
@@ -113,6 +118,18 @@ def _parent(pid: int) -> int | None:
 
 def _is_runner(pid: int) -> bool:
     return any(Path(argument).name in RUNNERS for argument in _arguments(pid)[:4])
+
+
+def _connection(launcher: int) -> tuple[int, int] | None:
+    """The sshd by whose connection a launcher was started, and its child: the launcher, or a shell above it."""
+    child = launcher
+    while (parent := _parent(child)) is not None:
+        if _name(parent).startswith("sshd"):  # in newer versions sshd-session
+            return child, parent
+        if _name(parent) not in SHELLS - REAPERS:
+            return None
+        child = parent
+    return None
 
 
 def _is_adopted(parent: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -74,11 +75,13 @@ def lock_run(run: RunDir, patience: float = LOCK_SECONDS) -> None:
     deadline = time.monotonic() + patience
     while not _try_lock(descriptor):
         if time.monotonic() >= deadline:
-            holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
+            holder = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "unknown"
             raise UserError(f"{run.root}: a live run holds this directory (process {holder}); key run.name")
         time.sleep(0.1)
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())  # never closed: the lock lasts as long as the process
+    os.write(
+        descriptor, f"{os.getpid()} on {socket.gethostname()}".encode()
+    )  # never closed: the lock lasts as long as the process
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import time
 import traceback
 from contextlib import ExitStack, suppress
@@ -17,7 +16,7 @@ from trainer.cli import USER_ERROR
 from trainer.compile_cache import use_compile_cache
 from trainer.config import AUTO, Config, Placement
 from trainer.data.shards import read_card
-from trainer.errors import ConfigError, ToldElsewhere, UserError, disk_error
+from trainer.errors import ConfigError, ToldElsewhere, UserError, disk_error, say
 from trainer.judge import Judge
 from trainer.lifeline import tie_to_launcher
 from trainer.loop import Trainer
@@ -58,28 +57,45 @@ def train(config: Config) -> int:
     check_world(config, role.count, cuda)
     resolve_root(config)
     tie_to_launcher()
-    done = role.index == 0 and prepare(config, run)
-    if done and role.count == 1:
+    refusal = refused_lock(run) if role.index == 0 else None
+    if role.count == 1 and prepare(config, run, refusal):
         return 0
-    world = join_world(teachers, config.train.threads or trainer_threads(config, role))
+    try:
+        world = join_world(teachers, config.train.threads or trainer_threads(config, role), config.cluster.timeout)
+    except RuntimeError:
+        if refusal is not None:  # the run that holds the directory holds the port, too
+            raise refusal from None
+        raise
     code = FAILED
     try:
-        # The main rank's word: a network file system may show the others an older directory.
-        code = 0 if world.any(done) else work(config, run, world, began)
+        code = work(config, run, world, began, refusal)
     finally:  # a rank that fails must end at once, or the others wait for it
         if code == FAILED:
             traceback.print_exc()
-        leave_world(code)
+        leave_world(world, code)
 
 
-def prepare(config: Config, run: RunDir) -> bool:
-    """What the main rank does before the ranks meet; whether the run is finished already, and its result printed.
+def refused_lock(run: RunDir) -> UserError | None:
+    """Hold the run directory, or why that cannot be."""
+    try:
+        lock_run(run)
+    except UserError as error:
+        return error
+    return None
+
+
+def prepare(config: Config, run: RunDir, refusal: UserError | None) -> bool:
+    """What the main rank does before anything is learnt; whether the run is finished already, and its result printed.
+
+    Args:
+        refusal: of the run directory's lock.
 
     Raises:
         UserError: what a person can mend.
     """
+    if refusal is not None:
+        raise refusal
     try:
-        lock_run(run)
         done = finished_result(run, config)
         if done is None:
             preflight(config, run)
@@ -94,43 +110,61 @@ def prepare(config: Config, run: RunDir) -> bool:
     return True
 
 
-def work(config: Config, run: RunDir, world: World, began: float) -> int:
-    """Learn, with the sidecar beside it; the exit code. `began`: when this process did, by time.monotonic()."""
-    stop = StopRequest(run.stop_wish if world.is_main else None)
+def work(config: Config, run: RunDir, world: World, began: float, refusal: UserError | None) -> int:
+    """Check, learn and judge; the exit code.
+
+    Args:
+        began: when this process did, by time.monotonic().
+        refusal: of the run directory's lock, on the main rank.
+    """
     try:
-        with ExitStack() as stack:
-            images = [images_of_task(config, task) for task in range(1, len(config.data.tasks) + 1)]
-            tracker = world.on_main(lambda: open_tracker(run, config, images)) or Tracker()
-            stack.enter_context(tracker)
-            attempt = world.on_main(lambda: next_attempt(run)) or 0
-            for supervisor in world.on_main(lambda: supervisors(config, run, world, attempt)) or ():
-                supervisor.start()
-                stack.callback(supervisor.stop)
-            names = read_card(Path(config.data.root)).classes
-            gc.disable()  # the loop collects at fixed steps, the same on all ranks
-            judge = Judge(config, run, world, tracker, names, stop.interrupting)
-            world.on_main(lambda: refuse_shared_gpu(config, world))
-            settle(config, run, world, tracker.note)
-            trainer = Trainer(config, run, world, tracker, judge, stop, began)
-            stack.callback(trainer.close)
-            content = trainer.fit()
-            world.on_main(lambda: write_state(run, len(config.data.tasks), finished=True))
-            world.on_main(lambda: show_report(run, tracker))
-        if world.is_main:
-            print_result(content, picture_paths(run, len(config.data.tasks)))
+        # Several ranks have met before: those of other hosts must hear of a refusal, and wait while data is built.
+        if world.size == 1 or not world.any(bool(world.on_main(lambda: prepare(config, run, refusal)))):
+            learn(config, run, world, began)
         return 0
     except Stopped as stopped:
         if world.is_main:
             end_work(run)
-            print(f"{run.root}: {stopped}", flush=True)
+            with suppress(OSError):  # all is saved, also where nobody listens any more
+                print(f"{run.root}: {stopped}", flush=True)
         return 0
     except ToldElsewhere:
         return USER_ERROR
     except (UserError, OSError) as error:
         told = disk_error(error) if isinstance(error, OSError) else error
         rank = "" if world.is_main else f" (rank {world.rank})"
-        print(f"error{rank}: {' '.join(str(told).split())}", file=sys.stderr, flush=True)
+        say(f"error{rank}: {' '.join(str(told).split())}")
         return USER_ERROR
+
+
+def learn(config: Config, run: RunDir, world: World, began: float) -> None:
+    """Learn and judge all tasks, with the sidecar beside it.
+
+    Raises:
+        Stopped: after a signal, with everything saved.
+        UserError: what a person can mend.
+    """
+    stop = StopRequest(run.stop_wish if world.is_main else None)
+    with ExitStack() as stack:
+        images = [images_of_task(config, task) for task in range(1, len(config.data.tasks) + 1)]
+        tracker = world.on_main(lambda: open_tracker(run, config, images)) or Tracker()
+        stack.enter_context(tracker)
+        attempt = world.on_main(lambda: next_attempt(run)) or 0
+        for supervisor in world.on_main(lambda: supervisors(config, run, world, attempt)) or ():
+            supervisor.start()
+            stack.callback(supervisor.stop)
+        names = read_card(Path(config.data.root)).classes
+        gc.disable()  # the loop collects at fixed steps, the same on all ranks
+        judge = Judge(config, run, world, tracker, names, stop.interrupting)
+        world.on_main(lambda: refuse_shared_gpu(config, world))
+        settle(config, run, world, tracker.note)
+        trainer = Trainer(config, run, world, tracker, judge, stop, began)
+        stack.callback(trainer.close)
+        content = trainer.fit()
+        world.on_main(lambda: write_state(run, len(config.data.tasks), finished=True))
+        world.on_main(lambda: show_report(run, tracker))
+    if world.is_main:
+        print_result(content, picture_paths(run, len(config.data.tasks)))
 
 
 def show_report(run: RunDir, tracker: Tracker) -> None:

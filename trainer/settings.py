@@ -38,6 +38,7 @@ from trainer.yaml_text import Unreadable, read_yaml
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 LARGEST = {"data.classes": 10**6, "data.image_size": IMAGE_LIMIT, "diffusion.timesteps": 10**6}  # sized in memory
+SHORTEST_TIMEOUT, LONGEST_TIMEOUT = 10.0, 86400.0  # cluster.timeout, in seconds
 
 # What may differ between two attempts of one run: nothing here changes which model is trained.
 # data.tasks is compared by its own rule: the old tasks must be a prefix of the new ones.
@@ -82,6 +83,7 @@ FREE_KEYS = (
     "evaluation.batch",
     "evaluation.extractor_path",
     "classifier.",
+    "cluster.",
     "checkpoint.",
     "tracking.",
 )
@@ -282,6 +284,11 @@ def _check_numbers(config: Config) -> None:
         "replay.low_watermark",
     ):
         _require(0 <= values[key] < 1, key, values[key], "must be in [0, 1)")
+    timeout = values["cluster.timeout"]
+    why = f"must be at least {SHORTEST_TIMEOUT:.0f} s: hosts start, import and compile at their own pace"
+    _require(timeout >= SHORTEST_TIMEOUT, "cluster.timeout", timeout, why)
+    why = f"must not be above {LONGEST_TIMEOUT:.0f} s, a day"
+    _require(timeout <= LONGEST_TIMEOUT, "cluster.timeout", timeout, why)
     for key in ("data.labelled", "jdcl.weak_crop", "jdcl.fixmatch_threshold"):
         _require(0 < values[key] <= 1, key, values[key], "must be in (0, 1]")
     _require(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import socket
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
@@ -21,12 +22,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.config import ClusterConfig
+from trainer.contact import Contact
 from trainer.errors import ToldElsewhere, UserError, disk_error
 from trainer.lifeline import tie_to_launcher
 from trainer.stop import Stopped
 
-# Longer than the main rank ever works alone (evaluation, writing) while the others wait in a collective.
-COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+# Of the words between ranks, which wait for work of one rank alone (an evaluation, a data set to build): `Contact`
+# notices within cluster.timeout when that rank is gone, and ends this process.
+PATIENCE = timedelta(days=30)
+NAME_WORDS = 8  # 64-bit integers that hold the name of a host
 SIOCGIFADDR = 0x8915
 T = TypeVar("T")
 
@@ -49,7 +54,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
-    control: Any = None  # a ProcessGroup: gloo, for words between hosts that must not wait for the devices
+    control: Any = None  # a ProcessGroup: gloo, for words between ranks, that may come as late as they like
+    contact: Contact | None = None  # of several ranks
 
     @property
     def is_main(self) -> bool:
@@ -164,13 +170,14 @@ def split_ranks(environ: Mapping[str, str], devices_per_node: int) -> Role:
     return Role("trainer", index, count, {name: str(value) for name, value in changed.items()})
 
 
-def join_world(placement_ranks_devices_per_node: int, threads: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
+def join_world(placement_ranks_devices_per_node: int, threads: int, timeout: float = ClusterConfig.timeout) -> World:
     """Join the training world; once in a process, on trainer ranks only (`split_ranks` says which they are).
 
     Args:
         placement_ranks_devices_per_node: local ranks of each node that teach; 0 with every other placement.
         threads: CPU threads of this rank; 0 shares the cores out between the local ranks.
-        timeout: of every collective, after which the rank fails instead of waiting on.
+        timeout: seconds within which all ranks must join, each collective of the engine must end and each rank must
+            give a sign of life; after that this rank fails instead of waiting on.
     """
     assert not dist.is_initialized(), "a process joins one world, once"
     tie_to_launcher()
@@ -182,18 +189,18 @@ def join_world(placement_ranks_devices_per_node: int, threads: int, timeout: tim
     _stand_alone()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    _init_distributed(device, timeout)
-    control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
+    _init_distributed(device, timedelta(seconds=timeout))
+    return _in_contact(World(dist.get_rank(), dist.get_world_size(), local_rank, device), timeout)
 
 
-def leave_world(code: int) -> NoReturn:
+def leave_world(world: World, code: int) -> NoReturn:
     """End this process with the given exit code: with all the others after success, at once after a failure.
 
     Past the interpreter's own shutdown, in which the threads of collectives abort now and then.
     """
-    if code == 0 and dist.is_initialized():
-        dist.barrier()
+    if code == 0:
+        if world.contact is not None:
+            world.contact.leave()
         dist.destroy_process_group()
     logging.shutdown()
     sys.stdout.flush()
@@ -217,6 +224,21 @@ def interface_towards(host: str) -> str | None:
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     return None
+
+
+def _in_contact(world: World, timeout: float) -> World:
+    """The world with the groups by which its ranks speak with each other; collective."""
+    if world.size == 1:
+        return world
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    raw = socket.gethostname().encode()[: 8 * NAME_WORDS].ljust(8 * NAME_WORDS, b"\0")
+    rows = replace(world, control=group).exchange(struct.unpack(f"{NAME_WORDS}q", raw))
+    hosts = [struct.pack(f"{NAME_WORDS}q", *row).rstrip(b"\0").decode(errors="replace") for row in rows]
+    contact = Contact(timeout, group, hosts)
+    contact.start()
+    # Not before: a host that is lost while this group is made would be waited for as long as the group waits.
+    control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return replace(world, control=control, contact=contact)
 
 
 def _named(rank: int) -> str:
@@ -248,6 +270,8 @@ def _init_distributed(device: torch.device, timeout: timedelta) -> None:
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(dist.distributed_c10d, name, timeout)
     if device.type == "cuda":
+        # Where NCCL's own watchdog hangs while it ends a late collective, its monitor ends the process: as late.
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(math.ceil(timeout.total_seconds())))
         torch.cuda.set_device(device)
     import deepspeed  # slow, and it chooses its accelerator while it is imported
 

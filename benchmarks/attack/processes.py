@@ -124,7 +124,7 @@ def replaced(scene: Scene, victim: psutil.Process) -> Callable[[], str | None]:
 def second_start(scene: Scene) -> Fault | None:
     """The same command while the run is live."""
     try:
-        holder = int(scene.run.lock.read_text() or 0)
+        holder = int((scene.run.lock.read_text() or "0").split()[0])
     except (OSError, ValueError):
         return None
     if holder not in {process.pid for process in scene.job.find("rank")}:

@@ -22,7 +22,7 @@ HOSTS = ("node1", "node2")
 ADDRESSES = {"node1": "10.77.0.11", "node2": "10.77.0.12"}
 TOOLS = ("ip", "unshare", "sshd", "ssh", "ssh-keygen", "pdsh")
 SBIN = "/usr/sbin:/sbin"
-UP_SECONDS = 20.0
+UP_SECONDS = 120.0  # on a busy machine
 
 
 class TwoHosts:
@@ -69,6 +69,22 @@ class TwoHosts:
         rows = [line.split(None, 1) for line in answer.splitlines()]
         named = [row for row in rows if len(row) == 2 and word in row[1]]
         return [int(row[0]) for row in named if not row[1].startswith(("sh", "bash"))]
+
+    def running(self, host: str) -> dict[int, str]:
+        """Command lines of all processes on a host, by their ids on the machine: to look at and to signal from here."""
+        first = _children(self._running[host].pid) if host in self._running else []
+        space = _pid_space(first[0]) if first else None
+        found: dict[int, str] = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            pid = int(path.name)
+            if space is not None and _pid_space(pid) == space:
+                with contextlib.suppress(OSError):
+                    found[pid] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        return found
+
+    def is_up(self, host: str) -> bool:
+        """Whether it was not killed, or was revived."""
+        return host in self._running
 
     def cut(self, host: str) -> None:
         """Pull the host's cable."""
@@ -182,7 +198,7 @@ class TwoHosts:
             end = time.monotonic() + UP_SECONDS
             while True:
                 with contextlib.suppress(subprocess.CalledProcessError, subprocess.TimeoutExpired):
-                    if self.run(host, "hostname", timeout=5).strip() == host:
+                    if self.run(host, "hostname", timeout=30).strip() == host:
                         break
                 if time.monotonic() > end:
                     log = (self.directory / f"sshd-{host}.log").read_text(errors="replace")
@@ -231,6 +247,13 @@ def _children(pid: int) -> list[int]:
     with contextlib.suppress(OSError):
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
+
+
+def _pid_space(pid: int) -> str | None:
+    """The namespace of process ids that a process is in; None for one that is gone."""
+    with contextlib.suppress(OSError):
+        return str(Path(f"/proc/{pid}/ns/pid").readlink())
+    return None
 
 
 def _kill(pid: int, number: int) -> None:

@@ -289,8 +289,9 @@ def everywhere(world: World, path: str, failing: int) -> str:
 
 
 def group_timeouts(world: World) -> list[float]:
-    """Seconds after which collectives of the default group and of one made without asking for a timeout give up."""
-    groups: list[Any] = [torch.distributed.group.WORLD, torch.distributed.new_group()]
+    """Seconds after which collectives give up: of the default group, of one made without asking for a timeout, and of
+    the words between ranks."""
+    groups: list[Any] = [torch.distributed.group.WORLD, torch.distributed.new_group(), world.control]
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
 

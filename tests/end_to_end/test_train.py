@@ -269,6 +269,9 @@ def test_second_start_on_a_live_run_is_refused(workplace: Workplace, whole: str)
     process = workplace.start(*settings)
     wait_until_published(run / "lock", process)
     assert "a live run holds this directory" in refused(workplace, *settings)
+    ranks = workplace.ranks(2, *settings)  # the second hears of it from the first
+    assert [rank.wait() for rank in ranks.jobs] == [2, 2], ranks.printed()
+    assert ranks.printed().count("a live run holds this directory") == 1
     process.kill()
 
 
@@ -295,6 +298,16 @@ def test_impossible_batch_ends_on_every_rank(workplace: Workplace) -> None:
     assert [rank.wait() for rank in ranks.jobs] == [2, 2]
     output = ranks.printed()
     assert output.count("error: train.global_batch=15: does not divide over 2 trainer ranks") == 1
+    assert "Traceback" not in output
+
+
+def test_what_the_main_rank_refuses_ends_every_rank(workplace: Workplace) -> None:
+    ranks = workplace.ranks(2, "run.name=none4", "data.source=folder", "data.source_path=nowhere")
+    assert [rank.wait() for rank in ranks.jobs] == [2, 2], ranks.printed()
+    output = ranks.printed()
+    said = [line for line in output.splitlines() if "error" in line]
+    assert len(said) == 1, output
+    assert said[0].startswith("error: nowhere: missing; put the raw images there (key data.source_path)")
     assert "Traceback" not in output
 
 
