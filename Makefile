@@ -1,6 +1,7 @@
 # make demo       install into .venv and run the main job on the digits (a few minutes, no GPU needed)
 # make test       install with the dev extras and run the tests; test-all: the slow ones too
-# make check      linters, formatting, types, layers
+# make check      linters, formatting, types, layers, manifests
+# make image-test  build the container image with buildah and run a job in it (root; 30 GB of disk)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 DEMO_FLAGS ?= $(shell nvidia-smi -L >/dev/null 2>&1 || test "$$(nproc 2>/dev/null || echo 1)" -lt 2 || echo --num_gpus 2)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo install dev test test-all check format clean
+.PHONY: demo install dev test test-all check format clean image-test
 
 demo: install
 	$(BIN)/deepspeed $(DEMO_FLAGS) launch/train.py --config digits.yaml
@@ -30,16 +31,18 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 test: dev
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not image and not cluster'
 
 test-all: dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not image and not cluster'
 
 check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/kubernetes-validate --strict --quiet $(filter-out %/kustomization.yaml,$(wildcard launch/k8s/*.yaml))
 
 format: dev
 	$(BIN)/ruff check --fix .
@@ -47,3 +50,7 @@ format: dev
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+# What is built is kept in build/image-test, so that a second run is quick; delete it with rm -rf.
+image-test: dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m image -rs -s tests/image
