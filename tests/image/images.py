@@ -56,7 +56,15 @@ def build(context: Path, tag: str) -> Built:
     secrets = [f"--secret=id=pip,src={_pip_settings()}"]
     bundle = pip_options().get("cert")
     secrets += [f"--secret=id=ca,src={bundle}"] if bundle else []
-    how = ["--format=docker", "--layers", "--isolation=chroot", "--network=host", f"--build-arg=BASE={BASE}", *secrets]
+    how = [
+        "--format=docker",
+        "--layers",
+        "--force-rm",
+        "--isolation=chroot",
+        "--network=host",
+        f"--build-arg=BASE={BASE}",
+        *secrets,
+    ]
     began = time.monotonic()
     with (cache() / "build.log").open("w+") as log:
         words = [_tool("buildah"), *_places(), "build", *how, "-t", tag, str(context)]
