@@ -31,7 +31,8 @@ CONTEXT = (
 )
 # The demo's job, shortened: two of its five tasks, fewer images.
 JOB = ["deepspeed", "--num_gpus", "2", "launch/train.py", "--config", "digits.yaml", "run.name=demo"]
-SHORT = ["data.tasks=[[0,1],[2,3]]", "train.images_per_task=9600", "evaluation.samples=200", "tracking.progress=false"]
+SHORT = ["data.tasks=[[0,1],[2,3]]", "train.images_per_task=9600", "checkpoint.every_images=640"]
+SHORT += ["evaluation.samples=200", "tracking.progress=false"]
 REASON = lacking()
 pytestmark = [
     pytest.mark.image,
