@@ -32,8 +32,8 @@ def lacking() -> str | None:
     absent = [tool for tool in TOOLS if shutil.which(tool, path=_path()) is None]
     if absent:
         return f"needs {', '.join(absent)} (Debian: apt install buildah podman debootstrap runc)"
-    cache().mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache()).free / 1e9
+    there = next(path for path in (cache(), *cache().parents) if path.exists())
+    free = shutil.disk_usage(there).free / 1e9
     return f"needs {FREE_GB} GB of disk, {free:.0f} are free" if free < FREE_GB and not _has_layers() else None
 
 
@@ -77,6 +77,7 @@ def build(context: Path, tag: str) -> Built:
 
 def make_base() -> None:
     """A minimal Debian as an image, unless it is there already."""
+    cache().mkdir(parents=True, exist_ok=True)
     if podman("image", "exists", BASE, check=False).returncode == 0:
         return
     tree = cache() / "base"
