@@ -1,15 +1,19 @@
 # make demo       install into .venv and run the main job on the digits (a few minutes, no GPU needed)
 # make test       install with the dev extras and run the tests; test-all: the slow ones too
+# make check      linters, formatting, types, layers, manifests
 # make cluster-test   train over two hosts made of Linux namespaces, with their faults (root; bring time)
-# make check      linters, formatting, types, layers
+# make image-test     build the container image with buildah and run a job in it (root; 30 GB of disk)
+# make store-test     train from and into an object store that is started here
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # The demo takes two trainer ranks where there are two cores and no GPU, and else what DeepSpeed finds.
 DEMO_FLAGS ?= $(shell nvidia-smi -L >/dev/null 2>&1 || test "$$(nproc 2>/dev/null || echo 1)" -lt 2 || echo --num_gpus 2)
+# Tests that need nothing but what `make dev` installs.
+HERE := not cluster and not image and not store
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo install dev test test-all check format clean cluster-test
+.PHONY: demo install dev test test-all check format clean cluster-test image-test store-test
 
 demo: install
 	$(BIN)/deepspeed $(DEMO_FLAGS) launch/train.py --config digits.yaml
@@ -31,16 +35,18 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 test: dev
-	$(BIN)/python -m pytest -m 'not slow and not cluster'
+	$(BIN)/python -m pytest -m 'not slow and $(HERE)'
 
 test-all: dev
-	$(BIN)/python -m pytest -m 'not cluster'
+	$(BIN)/python -m pytest -m '$(HERE)'
 
 check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/kubernetes-validate --strict --quiet $(filter-out %/kustomization.yaml,$(wildcard launch/k8s/*.yaml))
 
 format: dev
 	$(BIN)/ruff check --fix .
@@ -51,3 +57,7 @@ clean:
 
 cluster-test: dev
 	$(BIN)/python -m pytest -m cluster tests/cluster -rs
+
+# What is built is kept in build/image-test, so that a second run is quick; delete it with rm -rf.
+image-test: dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m image -rs -s tests/image
