@@ -16,6 +16,7 @@ from trainer.allocator import keep_freed_memory
 from trainer.cli import USER_ERROR
 from trainer.compile_cache import use_compile_cache
 from trainer.config import AUTO, Config, Placement
+from trainer.data.remote import local_root
 from trainer.data.shards import read_card
 from trainer.errors import ConfigError, ToldElsewhere, UserError, disk_error
 from trainer.judge import Judge
@@ -105,7 +106,7 @@ def work(config: Config, run: RunDir, world: World, began: float) -> int:
             for supervisor in world.on_main(lambda: supervisors(config, run, world, attempt)) or ():
                 supervisor.start()
                 stack.callback(supervisor.stop)
-            names = read_card(Path(config.data.root)).classes
+            names = read_card(local_root(config.data)).classes
             gc.disable()  # the loop collects at fixed steps, the same on all ranks
             judge = Judge(config, run, world, tracker, names, stop.interrupting)
             world.on_main(lambda: refuse_shared_gpu(config, world))
