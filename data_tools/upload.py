@@ -74,10 +74,8 @@ def _check_place(store: ObjectStore, indexes: dict[Path, SplitIndex], root: Path
         name = f"{directory}/{INDEX_NAME}"
         try:
             there = store.read(name)
-        except Missing as error:
-            if "bucket" in str(error).rpartition("missing")[2]:
-                raise
-            continue
+        except Missing:
+            continue  # of a missing bucket the listing tells
         if there != (root / directory / INDEX_NAME).read_bytes():
             raise UserError(f"{store.place(name)}: of another data set, or built otherwise; take another place")
 

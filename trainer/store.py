@@ -39,6 +39,7 @@ READ_ONLY = ("http", "https")
 CHUNK = 1 << 24  # bytes of one request of a large object: a request's time limit is one for its size
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds between two tries
+SAID_AFTER = 1.0  # seconds; what passes sooner is no outage
 LISTED_AT_ONCE = 8  # requests for the sizes of objects in a store that has no listing
 # Of botocore's own errors (a refusal by the server is an OSError): those of a connection, which pass.
 _BOTO_PASSING = ("ConnectionError", "HTTPClientError", "ResponseStreamingError", "IncompleteReadError")
@@ -100,20 +101,21 @@ class Outage:
 
     def __init__(self, notice: Callable[[str], None] = say) -> None:
         self.notice = notice
-        self.seconds, self.count = 0.0, 0  # of all outages that have ended, and how many have begun
+        self.ended: Callable[[float], None] = lambda seconds: None  # called with the seconds of each outage
         self._since: float | None = None
         self._lock = threading.Lock()
 
     @property
     def now(self) -> bool:
-        """Whether the last request failed."""
+        """Whether it does not answer just now."""
         return self._since is not None
 
-    def begins(self, text: str) -> None:
+    def begins(self, text: str, waited: float) -> None:
+        """Something has failed for `waited` seconds."""
         with self._lock:
-            if self._since is not None:
+            if self._since is not None or waited < SAID_AFTER:
                 return
-            self._since, self.count = time.monotonic(), self.count + 1
+            self._since = time.monotonic() - waited
         self.notice(text)
 
     def ends(self, url: str) -> None:
@@ -123,8 +125,8 @@ class Outage:
             if self._since is None:
                 return
             seconds, self._since = time.monotonic() - self._since, None
-            self.seconds += seconds
         self.notice(f"{url}: answers again, after {seconds:.1f} s")
+        self.ended(round(seconds, 3))
 
 
 class ObjectStore:
@@ -274,7 +276,8 @@ class ObjectStore:
                 f"{self.place(name)}: the store has not answered for {waited:.0f} seconds ({reason}); "
                 f"data.store_timeout={limit:g}; the same command goes on from here"
             )
-        self.outage.begins(f"{self.place(name)}: {reason}; trying again for up to {limit:g} s (data.store_timeout)")
+        told = f"{self.place(name)}: {reason}; trying again for up to {limit:g} s (data.store_timeout)"
+        self.outage.begins(told, waited)
         longest = min(FIRST_PAUSE * 2**tries, LONGEST_PAUSE)
         # Jitter, so that many ranks do not all come back at once; the store is asked a last time at the limit.
         if self._pause(min(longest * random.uniform(0.5, 1.0), max(0.01, limit - waited))):
@@ -292,7 +295,7 @@ class ObjectStore:
     def _refusal(self, name: str, error: BaseException) -> UserError:
         reason = self._reason(error)
         if isinstance(error, FileNotFoundError):
-            bucket = "bucket" in reason.lower()
+            bucket = "NoSuchBucket" in reason or "bucket does not exist" in reason
             return Missing(f"{self.place(name)}: missing{f' ({reason})' if bucket else ''}")
         return UserError(f"{self.place(name)}: refused ({reason}); are place and credentials right?")
 

@@ -26,6 +26,7 @@ class Event(str, Enum):
     out_of_memory = "out_of_memory"  # the sampler's micro-batch was halved
     disk_full = "disk_full"  # the sampler had to wait for room
     missing_class = "missing_class"  # a teacher of jdcl makes too few images of a class
+    store_away = "store_away"  # an object store did not answer for a while
     damaged_checkpoint = "damaged_checkpoint"  # not loaded: an older one was
 
 
