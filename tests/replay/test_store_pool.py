@@ -177,7 +177,7 @@ def test_the_pool_of_a_learnt_task_goes_and_its_record_stays(stored: Any) -> Non
 def test_backpressure(make_workplace: Callable[..., Any], stored: Any) -> None:
     """No more lies in the store than `replay.pool_gb` allows; what was used makes room."""
     limit = 6
-    small = make_workplace("small", store=STORE, pool_gb=limit * stored.request.shard_bytes / 1e9)
+    small = make_workplace("small", store=STORE, pool_gb=(limit + 0.5) * stored.request.shard_bytes / 1e9)
     assert small.request.capacity == limit and small.fill() == limit
     assert len(shards(small)) == limit
 
