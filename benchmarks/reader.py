@@ -42,6 +42,7 @@ from trainer.config import Points
 from trainer.data.stream import RealStream
 from trainer.replay.points import StoredPoints
 from trainer.replay.reader import Loader
+from trainer.replay.transport import FilePool
 
 SPEED = 1600  # images/s of a training step at 64x64, and as many replay points
 CORES = 8
@@ -91,7 +92,9 @@ def stream(shards: ImageShards, batch: int, workers: int) -> RealStream:
 
 
 def loader(replay: ReplayShards) -> Loader:
-    opened = Loader(replay.directory, replay.request, replay.positions, depth=DEPTH, pin=torch.cuda.is_available())
+    opened = Loader(
+        FilePool(replay.directory), replay.request, replay.positions, depth=DEPTH, pin=torch.cuda.is_available()
+    )
     opened.offer(replay.offers)
     return opened
 

@@ -71,7 +71,7 @@ def build(spec: BuildSpec, root: Path, progress: bool) -> DatasetCard:
         raise UserError(f"{where}: {error.strerror or error}; key {key}") from None
 
 
-def check_same(spec: BuildSpec, root: Path, card: DatasetCard) -> None:
+def check_same(spec: BuildSpec, root: Path | str, card: DatasetCard) -> None:
     """Refuse a root that holds another data set than the spec's.
 
     Raises:

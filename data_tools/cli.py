@@ -13,6 +13,7 @@ from data_tools.build import build
 from data_tools.classes import ClassView
 from data_tools.sources import SOURCES
 from data_tools.spec import BuildSpec, default_root
+from data_tools.upload import upload
 from data_tools.verify import print_report, verify
 from trainer.data.tasks import split_classes
 from trainer.errors import ConfigError, UserError
@@ -49,6 +50,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     make.add_argument(
         "--format", choices=("png", "raw"), default="png", help="raw: larger files, read thirty times as fast"
     )
+    send = commands.add_parser("upload", help="copy a built data set into a store; again: what is missing there")
+    send.add_argument("root", type=Path, help="of the built data set")
+    send.add_argument("url", help="as s3://bucket/name; credentials come from the environment")
     check = commands.add_parser("verify", help="check every byte, count, label and image")
     check.add_argument("root", type=Path)
     return parser.parse_args(arguments)
@@ -60,6 +64,13 @@ def run_build(options: argparse.Namespace) -> int:
     root = Path(options.out) if options.out else default_root(spec.name, spec)
     card = build(spec, root, progress=True)
     print(f"{root}: {len(card.classes)} classes, {len(card.tasks)} tasks {card.tasks}")
+    return 0
+
+
+def run_upload(options: argparse.Namespace) -> int:
+    """Upload and say how much. Raises UserError."""
+    sent = upload(options.root, options.url, progress=True)
+    print(f"{options.url}: {sent.shards} shards of {sent.bytes / 1e6:.1f} MB sent, {sent.kept} were there")
     return 0
 
 

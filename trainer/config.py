@@ -181,7 +181,8 @@ class RunConfig:
 
 @dataclass
 class DataConfig:
-    """Task shards. `root` empty: a directory under `data/` named by the content of this section."""
+    """Task shards. `root`: a directory, or a place in a store (s3://bucket/name); empty: `data/` and a name made of the
+    content of this section."""
 
     name: str = "digits"
     root: str = ""
@@ -201,6 +202,10 @@ class DataConfig:
     labelled: float = 1.0  # share of each class's training images whose label a classifier within the model may know
     workers: int = 1  # reading and decoding threads of each rank
     prefetch: int = 4  # batches read ahead
+    cache_dir: str = ""  # where a node keeps what it fetched from stores; empty: ~/.cache/palimpsest
+    cache_gb: float = 20.0  # the most that lies there, in GB; what was used longest ago goes first
+    store_timeout: float = 300.0  # seconds that a store may be away before the run ends, to be continued
+    request_timeout: float = 30.0  # seconds that one request to a store may take
 
 
 @dataclass
@@ -339,6 +344,7 @@ class ReplayConfig:
     pool_gb: float = 10.0  # bytes of published shards a pool may hold, in GB
     pool_shards: int = 0  # unused shards at which a pool counts as full; 0: as many as pool_gb holds
     low_watermark: float = 0.5  # a full pool is filled again once no more than this share of it is unused
+    store: str = ""  # where the pools lie, as s3://bucket/prefix; empty: in the run directory
     retirement: Retirement = Retirement.delete  # what becomes of the pool of a task that is learnt
     restarts: int = 3  # of a dead sampler in a row without a new shard, before it is given up
     hang_timeout: float = 300.0  # seconds without a sign of life after which a sampler is killed and started again

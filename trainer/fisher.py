@@ -27,11 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from trainer.config import Config, Verify
+from trainer.config import Config
 from trainer.data.batch import Examples
 from trainer.data.dataset import TaskData
 from trainer.data.label_dropout import LabelDropout
 from trainer.data.prepare import Preparer
+from trainer.data.remote import open_tasks
 from trainer.data.shards import drop_stale, read_regular, sha256_file, write_atomic
 from trainer.data.stream import HostBatch
 from trainer.engine import Engine
@@ -134,7 +135,7 @@ class Consolidation:
             dtype=torch.float32,
             label_dropout=LabelDropout.of(config),
         )
-        everything = TaskData.open(Path(config.data.root), "train", [task], Verify.size)
+        everything = open_tasks(config.data, "train", [task])
         data = everything.subset(choose(everything, config.method.fisher_images, config.run.seed, task))
         gradients = SampleGradients(model, data, config.method.fisher_draws, prepare, self.world)
         weights = [parameter.detach() for parameter in model.parameters()]

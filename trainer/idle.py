@@ -18,6 +18,7 @@ from trainer.config import (
     Schedule,
 )
 from trainer.errors import ConfigError
+from trainer.store import is_url
 
 COMMAND_LINE = "command line"
 _PATH = "replay.steps replay.solver replay.eta replay.guidance replay.clip_sample"  # how a path is sampled
@@ -30,7 +31,7 @@ def check_idle(config: Config, overrides: list[str]) -> None:
         Placement.inline: "replay.points_per_trajectory replay.shard_trajectories replay.pool_gb replay.workers "
         "replay.device replay.devices_per_node replay.threads replay.on_starved replay.timeout replay.restarts "
         "replay.hang_timeout replay.pool_shards replay.low_watermark replay.retirement replay.reuse_cap "
-        "replay.timesteps",
+        "replay.timesteps replay.store",
         Placement.external: "replay.workers replay.device replay.devices_per_node replay.threads replay.restarts "
         "replay.hang_timeout",
         Placement.ranks: "replay.workers replay.device",
@@ -72,6 +73,11 @@ def check_idle(config: Config, overrides: list[str]) -> None:
         ]
     if replay.on_starved is not OnStarved.reuse:
         conditions.append(("replay.reuse_cap", f"replay.on_starved={replay.on_starved.value}"))
+    if not is_url(data.root) and not replay.store:
+        keys = ("cache_dir", "cache_gb", "store_timeout", "request_timeout")
+        conditions += [(f"data.{key}", "data.root and replay.store in no store") for key in keys]
+    if not config.needs_teacher:
+        conditions.append(("replay.store", f"method.name={config.method.name.value}"))
     given = {override.partition("=")[0] for override in overrides}
     for key, reason in conditions:
         if key in given:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.config import Config, MethodName, OwnClassifier, Verify
 from trainer.data.buffer import open_rehearsed
-from trainer.data.dataset import TaskData
+from trainer.data.remote import local_root, open_tasks
 from trainer.evaluation.evaluate import Evaluator, Samples, evaluate, open_evaluator
 from trainer.evaluation.floor import real_floor
 from trainer.evaluation.forgetting import result, write_json
@@ -107,9 +106,9 @@ class Judge:
         with self._interrupting():
             return open_evaluator(
                 config.evaluation,
-                Path(config.data.root),
+                local_root(config.data),
                 self.tasks,
-                lambda split: TaskData.open(Path(config.data.root), split, numbers, Verify.size),
+                lambda split: open_tasks(config.data, split, numbers),
                 flip=config.data.flip,
                 device=self.world.device,
                 report=lambda epoch, epochs, loss: self.tracker.activity(f"classifier: epoch {epoch}/{epochs}"),
@@ -192,7 +191,7 @@ class Judge:
 
     def _real_samples(self) -> ClassSamples:
         """Real training images, for comparison in the picture over all tasks, which the report draws."""
-        data = TaskData.open(Path(self.config.data.root), "train", list(range(1, len(self.tasks) + 1)), Verify.size)
+        data = open_tasks(self.config.data, "train", list(range(1, len(self.tasks) + 1)))
         classes = self.config.classes_until(len(self.tasks))
         per_class = self.config.evaluation.grid_per_class
         chosen = np.concatenate([np.flatnonzero(data.labels == label)[:per_class] for label in classes])

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import repeat
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch.profiler import record_function
 
-from trainer.config import Config, OwnPoints, Placement, Verify
+from trainer.config import Config, OwnPoints, Placement
 from trainer.data.augment import Augmentation
 from trainer.data.batch import Examples
 from trainer.data.buffer import open_rehearsed
@@ -23,6 +22,7 @@ from trainer.data.joint import JointPreparer
 from trainer.data.label_dropout import LabelDropout
 from trainer.data.labelled import hide_labels
 from trainer.data.prepare import Preparer
+from trainer.data.remote import open_tasks
 from trainer.data.stream import HostBatch, RealStream
 from trainer.diffusion.schedules import make_schedule
 from trainer.engine import Engine
@@ -425,7 +425,9 @@ class Trainer:
     def _real_batches(self, task: int, stage: Stage, stack: ExitStack) -> Iterator[HostBatch]:
         """Batches of real images from the present step on; the stack closes what reads them."""
         data = self._real_data(task)
+        data.fetch_ahead()
         stream = stack.enter_context(self._stream(data, task, self.config.train.global_batch))
+        stack.callback(data.interrupt)  # before the stream waits for its threads, which may wait for a store
         batches: Iterator[HostBatch] = stream
         if self.config.tracking.seen_samples:
             batches = trace_samples(stream, data, self.run, self.world, task, self.position.step)
@@ -434,7 +436,7 @@ class Trainer:
     def _real_data(self, task: int) -> TaskData:
         """The images to learn a task from; their checksums were verified before the ranks met."""
         tasks = range(1, task + 1) if self.method.all_tasks else [task]
-        data = TaskData.open(Path(self.config.data.root), "train", list(tasks), Verify.size)
+        data = open_tasks(self.config.data, "train", list(tasks))
         return hide_labels(data, self.config.data.labelled, self.config.run.seed)
 
     def _buffer(self, task: int) -> TaskData:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import yaml
 
-from data_tools.build import build
+from data_tools.build import build, check_same
 from data_tools.spec import BuildSpec, default_root
 from trainer.config import Config, Source
 from trainer.data.dataset import TaskData
+from trainer.data.remote import local_root, open_tasks
 from trainer.data.shards import DATASET_NAME, DatasetCard, read_card, write_atomic
 from trainer.disk import DiskNeed
 from trainer.errors import ConfigError, UserError
@@ -28,6 +29,7 @@ from trainer.replay.state import read_json, writer_lives
 from trainer.run import RunDir
 from trainer.settings import as_plain, refused_changes, restore_config
 from trainer.steps import replay_steps
+from trainer.store import is_url
 
 LOCK_SECONDS = 10.0
 SWEPT = (
@@ -115,7 +117,10 @@ def prepare_data(config: Config, progress: bool) -> DatasetCard:
     Raises:
         UserError: shards that are missing, corrupt or of another data set, naming file and key.
     """
-    root, data = Path(config.data.root), config.data
+    data = config.data
+    if is_url(data.root):
+        return check_stored(config)
+    root = Path(data.root)
     if not (data.source is Source.digits or Path(data.source_path).exists() or (root / DATASET_NAME).exists()):
         raise UserError(
             f"{data.source_path or root}: missing; put the raw images there (key data.source_path) or point "
@@ -126,6 +131,26 @@ def prepare_data(config: Config, progress: bool) -> DatasetCard:
     for split in ("train", "test"):
         TaskData.open(root, split, numbers, data.verify)
     return read_card(root)
+
+
+def check_stored(config: Config) -> DatasetCard:
+    """A data set in a store: it is only read, so all that the configuration names must be there.
+
+    Raises:
+        UserError: shards that are missing or of another data set, naming object and key; a store that does not answer.
+    """
+    data, root = config.data, local_root(config.data)
+    card = read_card(root)
+    check_same(build_spec(config), data.root, card)
+    if len(card.tasks) < len(data.tasks):
+        raise UserError(
+            f"{data.root}: holds {len(card.tasks)} tasks, {len(data.tasks)} are wanted; build the others and add them "
+            "(python -m data_tools build, then upload); key data.root"
+        )
+    numbers = list(range(1, len(data.tasks) + 1))
+    for split in ("train", "test"):
+        open_tasks(data, split, numbers)
+    return card
 
 
 def check_teachers(config: Config, run: RunDir) -> None:

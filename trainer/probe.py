@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.config import Config, Verify
+from trainer.config import Config
 from trainer.data.dataset import TaskData
+from trainer.data.remote import open_tasks
 from trainer.diffusion.likelihood import Posterior, timestep_strata
 from trainer.diffusion.schedules import NoiseSchedule
 from trainer.evaluation.continual_classifier import accuracy_row, classify
@@ -174,7 +174,7 @@ class Probe:
         return _joined([part.subset(smallest_seeds(part.keys, count, self.config.run.seed)) for part in parts])
 
     def _images(self, split: str, tasks: list[int]) -> TaskData:
-        return TaskData.open(Path(self.config.data.root), split, tasks, Verify.size)
+        return open_tasks(self.config.data, split, tasks)
 
     def _shared(self, count: int, work: Callable[[NDArray[np.int64]], Sequence[Tensor]]) -> list[NDArray[Any]]:
         """The tensors (count, ...) that `work` gives of all indices, each rank doing its part of them.

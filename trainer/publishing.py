@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer.config import Config, Placement, Verify
+from trainer.config import Config, Placement
 from trainer.data.buffer import choose, save_buffer
-from trainer.data.dataset import TaskData
+from trainer.data.remote import open_tasks
 from trainer.data.shards import INDEX_NAME
 from trainer.methods import Rehearsal, build_method
 from trainer.models.pipeline import export_pipeline
@@ -62,7 +62,7 @@ class Publisher:
         self._save(self.run.teacher(task), weights, task, config.classes_until(task))
         export_pipeline(self.run.pipeline(task), self.run.teacher(task))
         if self._keeps_images:
-            data = TaskData.open(Path(config.data.root), "train", [task], Verify.size)
+            data = open_tasks(config.data, "train", [task])
             save_buffer(data, choose(data, config.method, config.run.seed, task), self.run.buffer(task))
 
     def _save(self, directory: Path, weights: dict[str, Tensor], task: int, classes: list[int]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from trainer.data.remote import local_root
 from trainer.data.shards import read_card
 from trainer.errors import UserError
 from trainer.judge import Judge
@@ -37,5 +38,5 @@ def reevaluate(root: Path, task: int, overrides: list[str], device: torch.device
     config = config_from_run(run.config, overrides)
     if task > len(config.data.tasks):
         raise UserError(f"--task {task}: {run.config} has {len(config.data.tasks)} tasks")
-    judge = Judge(config, run, World(0, 1, 0, device), Tracker(), read_card(Path(config.data.root)).classes)
+    judge = Judge(config, run, World(0, 1, 0, device), Tracker(), read_card(local_root(config.data)).classes)
     return judge.measure(task)

@@ -20,7 +20,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from safetensors.torch import save as save_safetensors
 from trainer.config import Config, Verify
 from trainer.data.buffer import open_rehearsed
 from trainer.data.dataset import TaskData
+from trainer.data.remote import local_root, open_tasks
 from trainer.data.shards import drop_stale, read_index, read_regular, sha256_file, task_directory, write_atomic
 from trainer.evaluation.continual_classifier import (
     Lesson,
@@ -162,7 +162,7 @@ class Scholar:
     def _digest(self, split: str, task: int) -> str:
         """Names the images of a task."""
         if (split, task) not in self._digests:
-            index = read_index(task_directory(Path(self.config.data.root), split, task))
+            index = read_index(task_directory(local_root(self.config.data), split, task))
             text = "".join(shard.sha256 for shard in index.shards)
             self._digests[split, task] = hashlib.sha256(text.encode()).hexdigest()
         return self._digests[split, task]
@@ -236,7 +236,7 @@ class Scholar:
         self.tracker.note(f"after task {task}: the classifier learnt with it is right on {100 * accuracy:.1f} %")
 
     def _images(self, split: str, tasks: list[int]) -> TaskData:
-        return TaskData.open(Path(self.config.data.root), split, tasks, Verify.size)
+        return open_tasks(self.config.data, split, tasks)
 
 
 def _all(data: TaskData) -> NDArray[np.uint8]:

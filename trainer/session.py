@@ -15,6 +15,7 @@ from trainer.allocator import keep_freed_memory
 from trainer.cli import USER_ERROR
 from trainer.compile_cache import use_compile_cache
 from trainer.config import AUTO, Config, Placement
+from trainer.data.remote import local_root, remote_set
 from trainer.data.shards import read_card
 from trainer.errors import ConfigError, ToldElsewhere, UserError, disk_error, say
 from trainer.judge import Judge
@@ -23,6 +24,7 @@ from trainer.loop import Trainer
 from trainer.micro_batch import settle
 from trainer.preflight import check_run, lock_run, preflight, resolve_root
 from trainer.replay.devices import choose_devices, node_gpus, visible_gpus
+from trainer.replay.events import Event
 from trainer.replay.state import read_state, write_state
 from trainer.replay.supervisor import Supervisor, supervise_until_finished
 from trainer.report.source import is_current
@@ -31,6 +33,7 @@ from trainer.settings import check_world
 from trainer.standing import finished_result
 from trainer.steps import images_of_task
 from trainer.stop import Stopped, StopRequest
+from trainer.store import is_url
 from trainer.tracking.table import print_result
 from trainer.tracking.tracker import Tracker, open_tracker
 from trainer.world import Role, World, join_world, leave_world, split_ranks
@@ -153,13 +156,16 @@ def learn(config: Config, run: RunDir, world: World, began: float) -> None:
         for supervisor in world.on_main(lambda: supervisors(config, run, world, attempt)) or ():
             supervisor.start()
             stack.callback(supervisor.stop)
-        names = read_card(Path(config.data.root)).classes
+        names = read_card(local_root(config.data)).classes
         gc.disable()  # the loop collects at fixed steps, the same on all ranks
         judge = Judge(config, run, world, tracker, names, stop.interrupting)
         world.on_main(lambda: refuse_shared_gpu(config, world))
         settle(config, run, world, tracker.note)
         trainer = Trainer(config, run, world, tracker, judge, stop, began)
         stack.callback(trainer.close)
+        if world.is_main and is_url(config.data.root):
+            outage = remote_set(config.data).outage
+            outage.ended = lambda seconds: trainer.events.add(Event.store_away, seconds=seconds)
         content = trainer.fit()
         world.on_main(lambda: write_state(run, len(config.data.tasks), finished=True))
         world.on_main(lambda: show_report(run, tracker))

@@ -34,6 +34,7 @@ from trainer.errors import ConfigError, one_line
 from trainer.idle import COMMAND_LINE, check_idle
 from trainer.merging import default_settings, flatten, merge_settings, read_dotlist, read_file, settings_in, to_config
 from trainer.probe_settings import check_probes
+from trainer.store import check_url, is_url
 from trainer.yaml_text import Unreadable, read_yaml
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -55,6 +56,10 @@ FREE_KEYS = (
     "data.verify",
     "data.workers",
     "data.prefetch",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.store_timeout",
+    "data.request_timeout",
     "data.shard_size",
     "data.format",
     "train.micro_batch",
@@ -77,6 +82,7 @@ FREE_KEYS = (
     "replay.pool_gb",
     "replay.pool_shards",
     "replay.low_watermark",
+    "replay.store",
     "replay.retirement",
     "replay.restarts",
     "replay.hang_timeout",
@@ -245,6 +251,7 @@ def check_world(config: Config, trainers: int, cuda: bool) -> None:
 def _check_numbers(config: Config) -> None:
     positive = (
         "data.classes data.image_size data.classes_per_task data.shard_size data.workers data.prefetch "
+        "data.cache_gb data.store_timeout data.request_timeout "
         "model.layers_per_block model.norm_groups model.attention_head_dim diffusion.timesteps optimizer.lr "
         "train.images_per_task train.global_batch train.log_every train.gc_every train.max_skipped replay.steps "
         "replay.reuse replay.shard_trajectories replay.sampler_batch replay.workers "
@@ -309,6 +316,8 @@ def _check_numbers(config: Config) -> None:
 def _check_data(config: Config) -> None:
     data = config.data
     _require(data.channels in (1, 3), "data.channels", data.channels, "must be 1 or 3")
+    if is_url(data.root):
+        check_url("data.root", data.root)
     tasks = task_classes(data)
     _require(
         not config.max_classes or config.max_classes >= data.classes,
@@ -380,6 +389,9 @@ def _check_replay(config: Config) -> None:
     if config.method.name is MethodName.experience_replay:
         key = "method.buffer_size" if config.method.buffer is Buffer.reservoir else "method.buffer_per_class"
         _require(getattr(config.method, key.partition(".")[2]) > 0, key, 0, "leaves nothing to rehearse")
+    if replay.store:
+        _require(is_url(replay.store), "replay.store", replay.store, "must be s3://bucket/prefix or the like")
+        check_url("replay.store", replay.store, write=True)
     if not config.needs_teacher:
         return
     _check_points(config)

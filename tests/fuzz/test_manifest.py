@@ -8,6 +8,7 @@ from tests.fuzz.conftest import Workplace, random_batch
 from tests.fuzz.mutate import amount, byte_mutants, settled, tree_mutants
 from trainer.replay.manifest import Manifest, ShardLine
 from trainer.replay.pool import encode, publish
+from trainer.replay.transport import FilePool
 
 
 def fill(workplace: Workplace) -> list[ShardLine]:
@@ -16,7 +17,7 @@ def fill(workplace: Workplace) -> list[ShardLine]:
     for shard in (0, 1, 2, 3, 4, 5, 1):
         content = encode(workplace.request, shard, [random_batch(workplace.request, shard)])
         given = {"evaluations": 42, "seconds": 0.5, "worker": 0, "micro_batch": 4}
-        lines.append(publish(manifest, workplace.request, shard, content, **given))
+        lines.append(publish(FilePool(workplace.run.replay(2)), manifest, workplace.request, shard, content, **given))
         if len(lines) == 6:
             manifest.redo(1, lines[1].id, "corrupt")
     manifest.retire(4, lines[4].id)

@@ -30,7 +30,6 @@ from hypothesis.stateful import (
 
 from trainer.config import Config
 from trainer.data import shards
-from trainer.replay import manifest as manifest_module
 from trainer.replay import pool_source, reader
 from trainer.replay.decode import shard_name
 from trainer.replay.drawn import Made
@@ -146,17 +145,16 @@ class PoolMachine(RuleBasedStateMachine):
                 raise Crash
             shards.write_atomic(path, data)
 
-        def no_line(path: Path, content: dict[str, Any]) -> None:
-            if "event" not in content:
+        def no_line(path: Path, line: bytes) -> None:
+            if path.name == "manifest.jsonl" and b'"event"' not in line:
                 if place == "within the line":
                     with path.open("ab") as file:
                         file.write(b'{"id":"12')
                 raise Crash
-            append_sealed(path, content)
+            shards.append_line(path, line)
 
-        append_sealed = manifest_module.append_sealed
-        target, stand_in = ("manifest.append_sealed", no_line) if "line" in place else ("pool.write_atomic", no_tar)
-        with suppress(Crash), patch(f"trainer.replay.{target}", stand_in):
+        target, stand_in = ("append_line", no_line) if "line" in place else ("write_atomic", no_tar)
+        with suppress(Crash), patch(f"trainer.replay.transport.{target}", stand_in):
             self.make(self.samplers[0])
         self.start_samplers(len(self.samplers))
 

@@ -26,14 +26,15 @@ from trainer.diffusion.schedules import make_schedule
 from trainer.errors import ToldElsewhere, UserError
 from trainer.kernels.philox import normal
 from trainer.models.teacher import load_teacher
-from trainer.replay import pool_source, reader
+from trainer.replay import pool_source, reader, transport
 from trainer.replay.decode import shard_name
 from trainer.replay.draws import draws
 from trainer.replay.manifest import Manifest
-from trainer.replay.reader import BadShard, Offer, read_offered
+from trainer.replay.reader import BadShard, Offer
 from trainer.replay.source import InlineSource, open_source
 from trainer.replay.state import write_json
 from trainer.replay.trajectory import sample_trajectories
+from trainer.replay.transport import FilePool, read_offered
 
 CPU = torch.device("cpu")
 
@@ -253,14 +254,14 @@ def test_no_rank_acts_on_what_it_alone_sees(workplace: Any, opened: Any) -> None
     workplace.fill(1)
     crew = opened(workplace, 2)
     second = crew.ranks[1]
-    directory, second.loader.directory = second.loader.directory, Path("nowhere")
+    pool, second.loader.pool = second.loader.pool, FilePool(Path("nowhere"))
     for _ in range(50):
         assert crew.agree(0) == 0
         second.wait(0, 0.05)
         if crew.events():
             break
     assert crew.events() == {"corrupt_shard": 1}
-    second.loader.directory = directory
+    second.loader.pool = pool
     assert workplace.fill(1) == 1
     assert len(crew.points(0)) == 8
 
@@ -313,7 +314,7 @@ def test_a_substitute_that_one_rank_cannot_read_is_nobodys(workplace: Any, opene
     assert crew.points(0) is not None and crew.points(1) is not None
     second = crew.ranks[1]
     second.loader._decoded.clear()
-    second.loader.directory = Path("nowhere")
+    second.loader.pool = FilePool(Path("nowhere"))
     assert crew.points(2) is None
     assert crew.stats()["real_only_steps"] == 1 and crew.ranks[1].counters["real_only_steps"] == 1
 
@@ -329,7 +330,7 @@ def test_a_bad_shard_is_not_read_again_for_every_step(
         looks.append(path)
         return read_offered(path, size)
 
-    monkeypatch.setattr(reader, "read_offered", counted)
+    monkeypatch.setattr(transport, "read_offered", counted)
     crew = opened(workplace)
     crew.agree(0)  # offers the shard to two steps
     while not crew.events():

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +22,29 @@ from numpy.typing import NDArray
 from trainer.config import Verify
 from trainer.data.files import FilePool
 from trainer.data.images import IMAGE_EXTENSIONS, RAW_EXTENSION, decode_image, image_extension, raw_header
-from trainer.data.shards import DatasetCard, ShardEntry, SplitIndex, check_shard, read_card, read_index, task_directory
+from trainer.data.shards import DatasetCard, ShardEntry, SplitIndex, read_card, read_index, task_directory
 from trainer.errors import UserError, one_line
 from trainer.seeds import hash_keys
 
 KEY = "key data.root"  # what a person changes when shards are not as they should be
+
+
+class ShardFiles(Protocol):
+    """Where the shards of a data set are read: files, or objects of a store (`trainer.data.remote`)."""
+
+    def check(self, directory: Path, index: SplitIndex, verify: Verify) -> None:
+        """Raises UserError, naming the file, where a shard is missing or damaged as far as `verify` looks."""
+        ...
+
+    def name(self, path: Path) -> str: ...
+
+    def read(self, path: Path, offset: int, size: int) -> bytes: ...
+
+    def opened(self, path: Path) -> AbstractContextManager[int]: ...
+
+    def fetch_ahead(self) -> None: ...
+
+    def interrupt(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +52,11 @@ class _File:
     """One shard file and the pool through which it is read."""
 
     path: Path
-    pool: FilePool
+    pool: ShardFiles
+
+    @property
+    def name(self) -> str:
+        return self.pool.name(self.path)
 
 
 @dataclass(frozen=True)
@@ -56,8 +79,12 @@ class TaskData:
     files: list[_File]
 
     @staticmethod
-    def open(root: Path, split: str, tasks: Sequence[int], verify: Verify) -> TaskData:
+    def open(
+        root: Path, split: str, tasks: Sequence[int], verify: Verify, shards: ShardFiles | None = None
+    ) -> TaskData:
         """The `train` or `test` split of tasks, counted from 1; several tasks are joined in the order given.
+
+        `shards`: what reads them, where they are no files under `root`.
 
         Raises:
             UserError: a task that is not built, or a file that is missing, corrupt (as far as `verify` looks) or
@@ -68,7 +95,7 @@ class TaskData:
             indexes = [_read_task(root, card, split, task) for task in tasks]
         except UserError as error:
             raise UserError(f"{error}; {KEY}") from None
-        pool = FilePool()
+        pool = shards or FilePool()
         parts = [
             open_directory(task_directory(root, split, task), index, verify, pool)
             for task, index in zip(tasks, indexes, strict=True)
@@ -85,7 +112,7 @@ class TaskData:
         assert parts, "nothing to join"
         shapes = {(part.image_size, part.channels) for part in parts}
         if len(shapes) != 1:
-            where = ", ".join(str(part.files[0].path.parent) for part in parts if part.files)
+            where = ", ".join(part.files[0].name for part in parts if part.files)
             raise UserError(f"{where}: images of different shapes cannot be joined; {KEY}")
         starts = np.cumsum([0, *(len(part.files) for part in parts[:-1])])
         spans = [part.spans + np.array([start, 0, 0]) for part, start in zip(parts, starts, strict=True)]
@@ -214,18 +241,31 @@ class TaskData:
 
     def place(self, index: int) -> str:
         """Shard and key of a sample, for messages."""
-        return f"{self.files[int(self.spans[index, 0])].path}: sample {self.sample_keys[index]}"
+        return f"{self.files[int(self.spans[index, 0])].name}: sample {self.sample_keys[index]}"
+
+    def fetch_ahead(self) -> None:
+        """Begin to fetch shards that lie in a store; files are where they are."""
+        for pool in self._pools():
+            pool.fetch_ahead()
+
+    def interrupt(self) -> None:
+        """End all waiting for a store; nothing is read from it any more."""
+        for pool in self._pools():
+            pool.interrupt()
+
+    def _pools(self) -> list[ShardFiles]:
+        return list({id(file.pool): file.pool for file in self.files}.values())
 
 
-def open_directory(directory: Path, index: SplitIndex, verify: Verify, pool: FilePool) -> TaskData:
+def open_directory(directory: Path, index: SplitIndex, verify: Verify, pool: ShardFiles) -> TaskData:
     """The samples of one index, whose shards lie in `directory`.
 
     Raises:
         UserError: a shard that is missing or damaged, or a sample without one image.
     """
     try:
+        pool.check(directory, index, verify)
         for entry in index.shards:
-            check_shard(directory / entry.name, entry, sha256=verify is Verify.sha256)
             _check_labels(directory / entry.name, entry, index)
         formats, spans = _locate(directory, index)
     except UserError as error:

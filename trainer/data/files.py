@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.config import Verify
+from trainer.data.shards import SplitIndex, check_shard
+
 
 def open_files_limit() -> int:
     """A quarter of the descriptors that this process may have; a task of ImageNet-100 has 130 shards."""
@@ -38,6 +41,20 @@ class FilePool:
         """`size` bytes at `offset`; fewer at the end of the file. Raises OSError; a pipe is not waited for."""
         with self.opened(path) as descriptor:
             return os.pread(descriptor, size, offset)
+
+    def check(self, directory: Path, index: SplitIndex, verify: Verify) -> None:
+        """Raises UserError, naming the file, where a shard of an index is missing or damaged."""
+        for entry in index.shards:
+            check_shard(directory / entry.name, entry, sha256=verify is Verify.sha256)
+
+    def name(self, path: Path) -> str:
+        return str(path)
+
+    def fetch_ahead(self) -> None:
+        """Files are where they are."""
+
+    def interrupt(self) -> None:
+        """Nothing is waited for."""
 
     @property
     def open_files(self) -> int:

@@ -6,6 +6,7 @@ Each process appends to a file of its own, so that no two ever write to one, on 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import Counter
 from enum import Enum
@@ -26,15 +27,18 @@ class Event(str, Enum):
     out_of_memory = "out_of_memory"  # the sampler's micro-batch was halved
     disk_full = "disk_full"  # the sampler had to wait for room
     missing_class = "missing_class"  # a teacher of jdcl makes too few images of a class
+    store_away = "store_away"  # an object store did not answer for a while
     damaged_checkpoint = "damaged_checkpoint"  # not loaded: an older one was
 
 
 class EventLog:
-    """Appends to one process's file. Events that a full disk refuses are kept and written with a later one."""
+    """Appends to one process's file, from any thread. Events that a full disk refuses are kept and written with a later
+    one."""
 
     def __init__(self, run: RunDir, who: str) -> None:
         self.path = run.events(who)
         self._pending: list[bytes] = []
+        self._lock = threading.Lock()
 
     def add(self, kind: Event, **details: Any) -> None:
         """Note an event with JSON values that say where and why."""
@@ -45,9 +49,10 @@ class EventLog:
     def flush(self) -> None:
         """Write what is pending; on a full disk, keep it. Raises other OSErrors."""
         try:
-            while self._pending:
-                append_line(self.path, self._pending[0])
-                self._pending.pop(0)
+            with self._lock:
+                while self._pending:
+                    append_line(self.path, self._pending[0])
+                    self._pending.pop(0)
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise

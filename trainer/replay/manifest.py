@@ -8,7 +8,6 @@ flipped, counts as never written.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import zlib
 from collections import Counter
@@ -16,11 +15,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from trainer.data.shards import append_line, drop_stale
+from trainer.data.shards import append_line
 from trainer.errors import UserError
 from trainer.replay.decode import shard_name
+from trainer.replay.transport import MANIFEST_NAME, FileJournal, Journal
 
-MANIFEST_NAME = "manifest.jsonl"
 MANIFEST_SCHEMA = 2
 _CHECK = "check"
 
@@ -62,9 +61,16 @@ class Manifest:
     over all publications, `redone` and `retired` count what was taken back.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / MANIFEST_NAME
+    def __init__(self, place: Path | Journal) -> None:
+        """`place`: the pool's directory, or its journal wherever that lies."""
+        self.journal = FileJournal(place / MANIFEST_NAME) if isinstance(place, Path) else place
         self._forget()
+
+    @property
+    def path(self) -> Path:
+        """The journal's file."""
+        assert isinstance(self.journal, FileJournal), "the lines lie in a store"
+        return self.journal.path
 
     def refresh(self) -> bool:
         """Read what is new; whether a shard was published since.
@@ -72,33 +78,19 @@ class Manifest:
         A file that does not continue what was read (cut off, replaced, gone) is read again from its start.
 
         Raises:
-            UserError: a line of another schema, naming the file.
+            UserError: a line of another schema, naming the file; a store that does not answer.
         """
         before = self.shards
-        try:
-            drop_stale(self.path.parent)
-            with self.path.open("rb") as file:
-                if not self._continues(file.fileno()):
-                    self._forget()
-                    self._file = _identity(file.fileno())
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
+        restarted, lines = self.journal.read()
+        if restarted:
             self._forget()
-            return False
-        complete, newline, _ = data.rpartition(b"\n")
-        if not newline:
-            return False
         known = {line.id for line in before.values()}
-        self._offset += len(complete) + 1
-        lines = complete.split(b"\n")
-        self._last = lines[-1] + b"\n"
         for line in lines:
             self._apply(line)
         return any(line.id not in known for line in self.shards.values())
 
     def publish(self, line: ShardLine) -> None:
-        append_sealed(self.path, asdict(line))
+        self.journal.append(seal(asdict(line)))
 
     def redo(self, shard: int, id: str, reason: str) -> None:
         """Take back the publication `id` of a shard, which is corrupt; others stay."""
@@ -109,7 +101,7 @@ class Manifest:
         self._take_back("retired", shard, id)
 
     def _take_back(self, event: str, shard: int, id: str, **details: str) -> None:
-        append_sealed(self.path, {"event": event, "shard": shard, "id": id, **details, "schema": MANIFEST_SCHEMA})
+        self.journal.append(seal({"event": event, "shard": shard, "id": id, **details, "schema": MANIFEST_SCHEMA}))
 
     def _forget(self) -> None:
         self.shards: dict[int, ShardLine] = {}
@@ -117,24 +109,20 @@ class Manifest:
         self.newest: dict[int, int] = {}
         self.evaluations = self.rejected = self.redone = self.retired = 0
         self.lacking = Counter[str]()
-        self._offset, self._last = 0, b""
-        self._file: tuple[int, int] | None = None
-
-    def _continues(self, descriptor: int) -> bool:
-        """Whether this is the file that was read, with the last line that was read where it was."""
-        last = os.pread(descriptor, len(self._last), self._offset - len(self._last))
-        return self._file == _identity(descriptor) and last == self._last
+        self._early = set[str]()  # ids taken back before they were seen: clocks of hosts differ
 
     def _apply(self, line: bytes) -> None:
         content = unseal(line)
         if content is None:
             return
         if content.get("schema") != MANIFEST_SCHEMA:
-            raise UserError(f"{self.path}: schema {content.get('schema')}, this program reads {MANIFEST_SCHEMA}")
+            found = content.get("schema")
+            raise UserError(f"{self.journal.name}: schema {found}, this program reads {MANIFEST_SCHEMA}")
         if "event" in content:
             self._apply_event(content)
         elif (entry := _entry(content)) is not None:
-            self.shards[entry.shard] = entry
+            if entry.id not in self._early:
+                self.shards[entry.shard] = entry
             self.micro_batches[entry.shard] = self.newest[entry.worker] = entry.micro_batch
             self.evaluations += entry.evaluations
             self.rejected += entry.rejected
@@ -143,6 +131,7 @@ class Manifest:
     def _apply_event(self, content: dict[str, Any]) -> None:
         shard = content.get("shard")
         if type(shard) is not int or shard not in self.shards or self.shards[shard].id != content.get("id"):
+            self._early.add(str(content.get("id")))
             return
         if content["event"] in ("redo", "retired"):
             del self.shards[shard]
@@ -150,13 +139,10 @@ class Manifest:
             self.retired += content["event"] == "retired"
 
 
-def publications(directory: Path) -> list[ShardLine]:
+def publications(place: Path | Journal) -> list[ShardLine]:
     """Every shard that was published in a pool, in that order, with those taken back since; [] without a manifest."""
-    try:
-        lines = (directory / MANIFEST_NAME).read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    contents = [content for content in map(unseal, lines) if content is not None]
+    journal = FileJournal(place / MANIFEST_NAME) if isinstance(place, Path) else place
+    contents = [content for content in map(unseal, journal.read()[1]) if content is not None]
     entries = [_entry(content) for content in contents if "event" not in content]
     return [entry for entry in entries if entry is not None and entry.schema == MANIFEST_SCHEMA]
 
@@ -206,8 +192,3 @@ def _entry(content: dict[str, Any]) -> ShardLine | None:
 
 def _canonical(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _identity(descriptor: int) -> tuple[int, int]:
-    status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino

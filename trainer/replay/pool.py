@@ -1,8 +1,8 @@
 """The replay pool: shards of trajectories, published whole and checked before use.
 
-One tar per shard, readable as any WebDataset: for each trajectory `<key>.json` (label, start seed, and of each point
-its timestep and noise seed) with `<key>.end.npy`, `<key>.states.npy` or both, `<key>.targets.npy` and, of a labelled
-pool, `<key>.logits.npy`, in fp16.
+One tar per shard, a file or an object of a store (`trainer.replay.transport`), readable as any WebDataset: for each
+trajectory `<key>.json` (label, start seed, and of each point its timestep and noise seed) with `<key>.end.npy`,
+`<key>.states.npy` or both, `<key>.targets.npy` and, of a labelled pool, `<key>.logits.npy`, in fp16.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from trainer.config import Retirement
-from trainer.data.shards import Sample, ShardEntry, encode_shard, write_atomic
+from trainer.data.shards import Sample, ShardEntry, encode_shard
 from trainer.errors import UserError
 from trainer.replay.decode import Float16, npy_header, shard_name, trajectory_key
 from trainer.replay.manifest import Manifest, ShardLine, new_id
-from trainer.replay.request import REQUEST_SCHEMA, ReplayRequest
+from trainer.replay.request import REQUEST_SCHEMA, ReplayRequest, read_request
 from trainer.replay.state import write_json
 from trainer.replay.trajectory import TrajectoryBatch
+from trainer.replay.transport import FilePool, Transport, open_pool
 from trainer.run import RunDir
 
 NEVER = 1 << 62  # no pool has a shard of this number
@@ -49,6 +50,7 @@ def encode(request: ReplayRequest, shard: int, batches: Sequence[TrajectoryBatch
 
 
 def publish(
+    pool: Transport,
     manifest: Manifest,
     request: ReplayRequest,
     shard: int,
@@ -65,9 +67,10 @@ def publish(
 
     Raises:
         OSError: the disk refuses; nothing half-written counts.
+        UserError: a store does.
     """
     entry, data = encoded
-    write_atomic(manifest.path.parent / entry.name, data)
+    pool.put(shard, data)
     line = ShardLine(
         id=new_id(),
         shard=shard,
@@ -99,10 +102,12 @@ def discard(run: RunDir, task: int, retirement: Retirement = Retirement.delete) 
     write_json(run.replay_progress(task), {"released": NEVER, "kept": [0, 0], "used": NEVER})
     if retirement is Retirement.keep:
         return
-    manifest = Manifest(run.replay(task))
+    request = run.replay_request(task)
+    pool = open_pool(run, read_request(request)) if request.exists() else FilePool(run.replay(task))
+    manifest = Manifest(pool.journal)
     manifest.refresh()
     for shard, line in sorted(manifest.shards.items()):
-        (run.replay(task) / shard_name(shard)).unlink(missing_ok=True)
+        pool.delete(shard)
         manifest.retire(shard, line.id)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,17 @@ from trainer.config import OnStarved
 from trainer.data.batch import Examples
 from trainer.data.shards import FULL_DISK
 from trainer.diffusion.schedules import NoiseSchedule
-from trainer.errors import ToldElsewhere, UserError
+from trainer.errors import ToldElsewhere, UserError, say
 from trainer.pulse import LONGEST_INTERVAL, Ranks
 from trainer.replay.points import StoredPoints, to_examples
 from trainer.replay.reader import BadShard, Loader, Offer
 from trainer.replay.request import ReplayRequest
 from trainer.replay.reuse import ReuseBudget
 from trainer.replay.state import write_json
+from trainer.replay.transport import MakeCache, open_pool, pool_url
 from trainer.replay.watch import PoolWatch, describe_samplers, given_up
 from trainer.run import RunDir
+from trainer.store import Outage
 
 Journal = Callable[[dict[str, Any]], None]
 COUNTERS = ("points_used", "starved_seconds", "starved_steps", "reused_steps", "real_only_steps")
@@ -62,9 +64,10 @@ class PoolSource:
         prefetch: int = 4,
         restored: Mapping[str, Any] | None = None,
         journal: Journal | None = None,
+        cache: MakeCache | None = None,
     ) -> None:
         """`batch` is over all ranks; `restored` are the counters of `stats` at `start_step`; `journal` gets what was
-        done in place of a step's own replay."""
+        done in place of a step's own replay; `cache` makes what shards from a store are kept in."""
         assert batch % world.size == 0, "checked before the run starts"
         self.run, self.request, self.batch, self.world = run, request, batch, world
         self.schedule, self.device, self.dtype = schedule.to(device), device, dtype
@@ -72,9 +75,13 @@ class PoolSource:
         self.stop_step = request.positions // batch
         self.counters = {name: (restored or {}).get(name, 0) for name in COUNTERS}
         self.step = start_step
-        self.watch = PoolWatch(run, request) if world.rank == 0 else None
+        outage = Outage(say if world.rank == 0 else lambda text: None)
+        self.watch = PoolWatch(run, request, outage=outage) if world.rank == 0 else None
+        # A listing of a store takes its time, and must not wait for a shard that is being fetched.
+        self._watching = ThreadPoolExecutor(1, "replay-watch") if request.store and self.watch is not None else None
+        self._pool_stats: dict[str, Any] = {}
         self.loader = Loader(
-            run.replay(request.task),
+            open_pool(run, request, cache=cache, outage=outage),
             request,
             self._positions,
             depth=2 * LONGEST_INTERVAL + prefetch,
@@ -93,7 +100,7 @@ class PoolSource:
         self._looking: Future[None] | None = None
         self._failure: UserError | None = None  # on this rank; the others learn of it in the next exchange
         if self.watch is not None:
-            self._looking = self.loader.run(self.watch.refresh)
+            self._looking = self._look_again()
         self._tell_samplers()
 
     # --- agreeing ------------------------------------------------------------------------------------------------
@@ -166,11 +173,12 @@ class PoolSource:
         counts = {**self.counters, "reused_points": self._budget.state()}
         if self.watch is None:
             return counts
+        if self._pool_stats and not self._is_seen():
+            return counts | self._pool_stats  # as of the last look: no step waits for a store to count
         self._seen()
         manifest = self.watch.manifest
         here = self.request.shard_of(self.step * self.batch)
-        return {
-            **counts,
+        self._pool_stats = {
             "teacher_evaluations": manifest.evaluations,
             "rejected_images": manifest.rejected,
             "lacking": dict(manifest.lacking),
@@ -178,9 +186,13 @@ class PoolSource:
             "pool_needed": max(0, self.request.shards - here),
             "pool_bytes": sum(line.bytes for line in manifest.shards.values()),
         }
+        return counts | self._pool_stats
 
     def close(self) -> None:
-        """End the reading thread. Repeatable."""
+        """End the reading threads. Repeatable."""
+        if self._watching is not None and self.watch is not None:
+            self.watch.pool.interrupt()
+            self._watching.shutdown(cancel_futures=True)
         self.loader.close()
 
     # --- the main rank's part ------------------------------------------------------------------------------------
@@ -191,19 +203,29 @@ class PoolSource:
             return []
         self._tell_samplers()
         short = not self._covered(step)
+        if self._watching is not None and not self._is_seen():
+            return []  # a store that is slow or away keeps no rank from telling the others how it stands
         if self._looking is not None and not self._looking.done() and self._begun and not short:
             return []
         self._seen()
         if short and self.on_starved is not OnStarved.wait:  # no step goes without for old news
-            self._looking = self.loader.run(self.watch.refresh)
+            self._looking = self._look_again()
             self._seen()
         if self._failure is not None:
             raise self._failure
         self._fail_if_hopeless(step)
         first, _ = self._shards_of(step)
         offers = self.watch.offers(first, (self.width - HEAD) // OFFER)
-        self._looking = self.loader.run(self.watch.refresh)
+        self._looking = self._look_again()
         return offers
+
+    def _look_again(self) -> Future[None]:
+        assert self.watch is not None
+        return self._watching.submit(self.watch.refresh) if self._watching else self.loader.run(self.watch.refresh)
+
+    def _is_seen(self) -> bool:
+        """Whether the manifest is not being read just now."""
+        return self._looking is None or self._looking.done()
 
     def _seen(self) -> None:
         """Wait until the manifest is not being read; a failure is told in the next exchange."""
@@ -219,9 +241,9 @@ class PoolSource:
         """Raises UserError where a supervisor has given up, or nothing has come for `timeout` seconds of waiting."""
         assert self.watch is not None
         since = self._missing_since
-        if since is None:
+        if since is None or self.watch.pool.away:  # which has a time limit of its own
             return
-        where = f"{self.run.replay(self.request.task)}: shard {self._shards_of(step)[0]}"
+        where = f"{self._place}: shard {self._shards_of(step)[0]}"
         if message := given_up(self.run):
             raise UserError(f"{where} will not come: {message}")
         if time.monotonic() - max(since, self.watch.news) > self.timeout:
@@ -294,6 +316,9 @@ class PoolSource:
         if self._substitute is not None:
             return self._substituted(step, [row[SUBSTITUTE] for row in rows])
         if self._covered(step):
+            if self.loader.pool.away and self._missing_since is None:
+                self._missing_since = time.monotonic()
+                self.counters["starved_steps"] += 1
             return False  # being loaded
         if self._missing_since is None:
             self._missing_since = time.monotonic()
@@ -344,7 +369,12 @@ class PoolSource:
     def _end(self, why: str) -> None:
         if self.watch is None:
             raise ToldElsewhere(why)
-        raise UserError(f"{self.run.replay(self.request.task)}: {why}")
+        raise UserError(f"{self._place}: {why}")
+
+    @property
+    def _place(self) -> str:
+        """The pool, for messages."""
+        return pool_url(self.request, self.run) if self.request.store else str(self.run.replay(self.request.task))
 
     # --- arithmetic ----------------------------------------------------------------------------------------------
 

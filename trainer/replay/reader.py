@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.shards import drop_stale, read_regular
-from trainer.replay.decode import Corrupt, DecodedShard, decode, shard_name
+from trainer.replay.decode import Corrupt, DecodedShard, decode
 from trainer.replay.draws import locate
 from trainer.replay.points import StoredPoints, gather
 from trainer.replay.request import ReplayRequest
+from trainer.replay.transport import Transport
 
 Int64 = NDArray[np.int64]
 T = TypeVar("T")
@@ -49,10 +47,10 @@ class Loader:
     """Loads the points of coming steps, in order, from the shards that were offered so far."""
 
     def __init__(
-        self, directory: Path, request: ReplayRequest, positions: Callable[[int], Int64], *, depth: int, pin: bool
+        self, pool: Transport, request: ReplayRequest, positions: Callable[[int], Int64], *, depth: int, pin: bool
     ) -> None:
         """`positions(step)` are this rank's (n,); `depth` steps at most are held; `pin` for copies to a GPU."""
-        self.directory, self.request, self.positions = directory, request, positions
+        self.pool, self.request, self.positions = pool, request, positions
         self.depth, self.pin = depth, pin
         self.offers: dict[int, Offer] = {}
         self.found_bad: list[BadShard] = []  # since somebody emptied it
@@ -121,6 +119,7 @@ class Loader:
     def close(self) -> None:
         """End the thread. Repeatable."""
         self._closing.set()
+        self.pool.interrupt()
         self._thread.shutdown(cancel_futures=True)
 
     # --- in the thread -------------------------------------------------------------------------------------------
@@ -157,14 +156,9 @@ class Loader:
             if look:
                 self._closing.wait(LOOK_SECONDS * look)
             try:
-                drop_stale(self.directory)
-                data = read_offered(self.directory / shard_name(offer.shard), offer.bytes)
+                return self.pool.get(offer.shard, offer.bytes, offer.crc32)
             except (OSError, Corrupt) as error:
                 reason = str(error)
-                continue
-            if zlib.crc32(data) == offer.crc32:
-                return data
-            reason = "its checksum is not the one of the manifest"
         raise Corrupt(reason)
 
     # --- parts ---------------------------------------------------------------------------------------------------
@@ -188,11 +182,3 @@ class Loader:
         if error.offer.serial not in self._complained:
             self._complained.add(error.offer.serial)
             self.found_bad.append(error)
-
-
-def read_offered(path: Path, size: int) -> bytes:
-    """A file of exactly `size` bytes. Raises OSError, or Corrupt for another size."""
-    data = read_regular(path, size)
-    if len(data) != size:
-        raise Corrupt(f"{len(data)} bytes, {size} expected")
-    return data

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import (
     Config,
+    DataConfig,
     MethodName,
     Missing,
     OnStarved,
@@ -40,7 +41,7 @@ _LABELLED_FIELDS = ("local_teacher_id", "local_classes", "outputs", "candidates"
 # What may change between attempts without making another pool.
 _FREE_FIELDS = (
     *("teacher", "local_teacher", "positions", "step_positions", "shards", "reuse"),
-    *("pool_bytes", "pool_shards", "low_watermark"),
+    *("pool_bytes", "pool_shards", "low_watermark", "store", "store_timeout", "request_timeout"),
 )
 REQUEST_LIMIT = 1 << 26  # bytes of request.json
 KEPT_SHARDS = 4  # on_starved=reuse draws on so many of the latest shards
@@ -63,6 +64,9 @@ class ReplayRequest:
     predictions for `null_label` (-1: not guided). No more than `pool_bytes` of shards lie on disk at once;
     a pool is full with `pool_shards` unused ones (0: as many as there is room for), and filled again once no more than
     the share `low_watermark` of them is left.
+
+    The pool lies in the run directory or in a `store`, which may be away for `store_timeout` seconds and has
+    `request_timeout` for one answer.
 
     A "labelled" pool has two teachers: beside that of the classes before, `local_teacher` of the `local_classes` that
     are learnt now. Their classifiers, of `outputs` outputs, tell the class of what they sample; every class has as many
@@ -106,6 +110,9 @@ class ReplayRequest:
     outputs: int = 0
     candidates: float = 1.0
     missing: str = Missing.repeat.value
+    store: str = ""  # where the pool lies; empty: in the run directory
+    store_timeout: float = DataConfig.store_timeout
+    request_timeout: float = DataConfig.request_timeout
     schema: int = REQUEST_SCHEMA
 
     @property
@@ -285,6 +292,9 @@ def plan_request(config: Config, task: int, classes: Sequence[int], steps: int, 
         outputs=config.max_classes if labelled else 0,
         candidates=float(config.jdcl.candidates) if labelled else 1.0,
         missing=config.jdcl.missing.value,
+        store=replay.store,
+        store_timeout=float(config.data.store_timeout),
+        request_timeout=float(config.data.request_timeout),
     )
     _check(request, config)
     if not inline:
@@ -389,6 +399,8 @@ def _possible(request: ReplayRequest) -> Iterator[tuple[str, bool]]:
     yield "points_per_trajectory", not request.path_points or request.path_points < request.steps
     yield "targets", request.targets == "teacher" or (request.targets == "noise" and request.points == "renoised")
     yield "precision", request.precision in [precision.value for precision in Precision]
+    for name in ("store_timeout", "request_timeout"):
+        yield name, 0 < getattr(request, name) <= 10**6
     yield "classes", bool(request.classes) and _all_labels(request.classes)
     yield "local_classes", _all_labels(request.local_classes)
     yield "outputs", not request.labelled or max(request.known_classes) < request.outputs

@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from trainer.data.shards import FULL_DISK
 from trainer.diffusion.samplers import Predict
 from trainer.diffusion.schedules import NoiseSchedule
 from trainer.errors import UserError
-from trainer.replay.decode import shard_name
 from trainer.replay.devices import device_name
 from trainer.replay.drawn import Clock, Drawn, Made, draw
 from trainer.replay.events import Event, EventLog
@@ -33,8 +31,10 @@ from trainer.replay.state import read_state, write_json
 from trainer.replay.teacher import open_labellers, open_teacher
 from trainer.replay.told import Told
 from trainer.replay.trajectory import TrajectoryBatch, sample_trajectories
+from trainer.replay.transport import open_pool
 from trainer.replay.window import Filling, Limits, Progress, read_progress
 from trainer.run import RunDir
+from trainer.store import Interrupted, Pause
 
 Make = Callable[[int], Made | None]  # a shard by its micro-batch; None when told to stop
 POLL_SECONDS = 0.2
@@ -48,8 +48,11 @@ REREAD_SECONDS = 30.0  # between two looks of an idle sampler at the whole manif
 class Pool:
     """What a sampler knows of the pool that it fills."""
 
-    def __init__(self, run: RunDir, request: ReplayRequest, worker: int, workers: int) -> None:
+    def __init__(self, run: RunDir, request: ReplayRequest, worker: int, workers: int, pause: Pause) -> None:
+        """`pause` is slept with while a store does not answer."""
         self.run, self.task, self.worker, self.workers = run, request.task, worker, workers
+        self.store = request.store
+        self.transport = open_pool(run, request, pause=pause)
         self.filling = Filling()
         self.progress = Progress()
         self.open()
@@ -61,7 +64,7 @@ class Pool:
 
         Lines that were damaged after they had been read count here, as they do not for a trainer that is started now.
         """
-        self.manifest = Manifest(self.run.replay(self.task))
+        self.manifest = Manifest(self.transport.journal)
         self.manifest.refresh()
         self.opened = time.monotonic()
         self._tidy()
@@ -73,30 +76,23 @@ class Pool:
     def is_mine(self, shard: int) -> bool:
         return shard % self.workers == self.worker
 
-    def path(self, shard: int) -> Path:
-        return self.run.replay(self.task) / shard_name(shard)
-
     def present(self) -> set[int]:
         """Shards that take room, or are said to."""
-        names = (path.stem.removeprefix("replay-") for path in self.run.replay(self.task).glob("replay-*.tar"))
-        return {int(name) for name in names if name.isdecimal()} | self.manifest.shards.keys()
+        return self.transport.present() | self.manifest.shards.keys()
 
     def retire(self, shard: int) -> None:
         """Delete a shard. Raises OSError where that cannot be written down."""
-        self.path(shard).unlink(missing_ok=True)
+        self.transport.delete(shard)
         if shard in self.manifest.shards:
             self.manifest.retire(shard, self.manifest.shards[shard].id)
             self.manifest.refresh()
 
     def _tidy(self) -> None:
         """After a crash: finish what it left half done among this worker's shards."""
-        for path in self.run.replay(self.task).glob(".replay-*.tmp"):
-            number = path.name.removeprefix(".replay-").partition(".")[0]
-            if number.isdecimal() and self.is_mine(int(number)):
-                path.unlink(missing_ok=True)
-        for shard in filter(self.is_mine, self.present()):
-            listed, there = shard in self.manifest.shards, self.path(shard).exists()
-            if listed == there:
+        self.transport.tidy(self.is_mine)
+        present = self.transport.present()
+        for shard in filter(self.is_mine, present | self.manifest.shards.keys()):
+            if (shard in self.manifest.shards) == (shard in present):
                 continue
             try:
                 self.retire(shard)
@@ -145,6 +141,13 @@ class Sampler:
         Raises:
             UserError: a teacher or a pool that is not what the request says.
         """
+        try:
+            self._serve()
+        except Interrupted:  # told to stop while a store did not answer
+            self._drawn = None
+        self.beat("ended")
+
+    def _serve(self) -> None:
         while not self.stop.is_set() and not self.run_is_finished():
             request = self.current_request()
             shard = self.next_shard(request) if request else None
@@ -154,7 +157,6 @@ class Sampler:
                 self.finish_shard()
             else:
                 self._rest(request)
-        self.beat("ended")
 
     def run_is_finished(self) -> bool:
         """Whether the run has ended; for a while one that had ended before is given the chance to go on."""
@@ -169,8 +171,8 @@ class Sampler:
         if state is None or state.finished or not self.run.replay_request(state.task).exists():
             return None
         request = read_request(self.run.replay_request(state.task))
-        if self._pool is None or self._pool.task != request.task:
-            self._pool = Pool(self.run, request, self.worker, self.workers)
+        if self._pool is None or (self._pool.task, self._pool.store) != (request.task, request.store):
+            self._pool = Pool(self.run, request, self.worker, self.workers, self._pause_for_store)
         return request
 
     def next_shard(self, request: ReplayRequest) -> int | None:
@@ -219,6 +221,7 @@ class Sampler:
             try:
                 self._make_room(pool, limits, shard)
                 publish(
+                    pool.transport,
                     pool.manifest,
                     request,
                     shard,
@@ -384,7 +387,11 @@ class Sampler:
         for other in limits.surplus(shard, present, pool.progress):
             pool.retire(other)
         if shard not in pool.manifest.shards:
-            pool.path(shard).unlink(missing_ok=True)  # corrupt, or never listed: not beside the new one
+            pool.transport.delete(shard)  # corrupt, or never listed: not beside the new one
+
+    def _pause_for_store(self, seconds: float) -> bool:
+        self.beat("waiting for the store")
+        return self.stop.wait(seconds)
 
     def _pause(self, error: OSError) -> None:
         """Wait for room on the disk, saying so once. Raises any other error."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from trainer.config import Config, OwnPoints, Placement
 from trainer.data.batch import Examples
+from trainer.data.remote import open_cache
 from trainer.diffusion.samplers import Predict
 from trainer.diffusion.schedules import NoiseSchedule
 from trainer.pulse import LONGEST_INTERVAL, Ranks
@@ -242,4 +244,5 @@ def open_source(
         prefetch=config.data.prefetch,
         restored=restored,
         journal=journal,
+        cache=partial(open_cache, config.data) if request.store else None,
     )

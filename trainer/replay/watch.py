@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 from trainer.data.shards import FULL_DISK
 from trainer.errors import UserError, say
-from trainer.replay.decode import shard_name
 from trainer.replay.events import Event, EventLog
 from trainer.replay.manifest import Manifest, ShardLine
 from trainer.replay.reader import Offer
 from trainer.replay.request import ReplayRequest
 from trainer.replay.state import read_json, writer_lives
+from trainer.replay.transport import open_pool
 from trainer.run import RunDir
+from trainer.store import Outage
 
 REMADE = 10  # times that one shard may be found bad before the run ends
 
@@ -22,11 +23,16 @@ REMADE = 10  # times that one shard may be found bad before the run ends
 class PoolWatch:
     """Turns published shards into offers; refuses what another request made; asks again for what is bad."""
 
-    def __init__(self, run: RunDir, request: ReplayRequest, notice: Callable[[str], None] = say) -> None:
+    def __init__(
+        self, run: RunDir, request: ReplayRequest, notice: Callable[[str], None] = say, outage: Outage | None = None
+    ) -> None:
         self.run, self.request, self.notice = run, request, notice
-        self.directory = run.replay(request.task)
-        self.manifest = Manifest(self.directory)
+        self.pool = open_pool(run, request, outage=outage)
+        self.manifest = Manifest(self.pool.journal)
         self.events = EventLog(run, "trainer")
+        self._outages: list[float] = []  # seconds of those that have ended, until they are written down
+        if outage is not None:
+            outage.ended = self._outages.append
         self.news = time.monotonic()  # when something was published last
         self._offered: dict[int, tuple[str, int]] = {}  # shard -> id of the publication and serial
         self._serial = 0
@@ -44,6 +50,8 @@ class PoolWatch:
                 difference = self._difference(line)
                 if difference:
                     self._refuse(line, Event.foreign_shard, difference)
+        while self._outages:
+            self.events.add(Event.store_away, task=self.request.task, seconds=self._outages.pop(0))
         self._write_redo()
 
     def offers(self, first: int, count: int) -> list[Offer]:
@@ -88,14 +96,15 @@ class PoolWatch:
     def _refuse(self, line: ShardLine, kind: Event, reason: str) -> None:
         if line.id in self._redo:
             return
-        shard, path = line.shard, self.directory / shard_name(line.shard)
+        shard, path = line.shard, self.pool.place(line.shard)
         self.notice(f"{path}: {kind.value.replace('_', ' ')} ({reason}); asked for again")
         self.events.add(kind, task=self.request.task, shard=shard, reason=reason)
         self._offered.pop(shard, None)
         self._redo[line.id] = shard, reason
         self._bad[shard] += 1
         if self._bad[shard] > REMADE:
-            raise UserError(f"{path}: bad for the {self._bad[shard]}th time ({reason}); is the disk sound?")
+            where = "store" if self.request.store else "disk"
+            raise UserError(f"{path}: bad for the {self._bad[shard]}th time ({reason}); is the {where} sound?")
 
     def _write_redo(self) -> None:
         """Take publications back; where the disk is full, at a later call."""
