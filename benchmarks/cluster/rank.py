@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
     answer["link"] = try_link(world) if world.size > 1 else []
     if world.is_main:
         write_atomic(options.out, json.dumps(answer).encode())
-    leave_world(0)
+    leave_world(world, 0)
 
 
 if __name__ == "__main__":
