@@ -49,23 +49,40 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     make.add_argument(
         "--format", choices=("png", "raw"), default="png", help="raw: larger files, read thirty times as fast"
     )
+    make.add_argument(
+        "--small-images",
+        choices=("pad", "enlarge"),
+        default="pad",
+        help="images below the size: a black border, or enlarged",
+    )
+    make.add_argument(
+        "--skip-broken", type=_count, default=0, metavar="N", help="leave out up to N images that cannot be read"
+    )
     check = commands.add_parser("verify", help="check every byte, count, label and image")
     check.add_argument("root", type=Path)
+    for command in (make, check):
+        command.add_argument("--workers", type=_count, default=0, metavar="N", help="processes; by default the cores")
     return parser.parse_args(arguments)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
 
 
 def run_build(options: argparse.Namespace) -> int:
     """Build and say where. Raises UserError."""
     spec = _spec(options)
     root = Path(options.out) if options.out else default_root(spec.name, spec)
-    card = build(spec, root, progress=True)
+    card = build(spec, root, True, options.workers, options.skip_broken)
     print(f"{root}: {len(card.classes)} classes, {len(card.tasks)} tasks {card.tasks}")
     return 0
 
 
 def run_verify(options: argparse.Namespace) -> int:
     """Print the report. Raises UserError where there is no data set."""
-    report = verify(options.root)
+    report = verify(options.root, options.workers, progress=True)
     print_report(report)
     return 1 if report.damage else 0
 
@@ -85,6 +102,7 @@ def _spec(options: argparse.Namespace) -> BuildSpec:
         class_list=options.class_list,
         shard_size=options.shard_size,
         format=options.format,
+        small_images=options.small_images,
     )
     return replace(spec, tasks=_tasks(options, spec))
 
