@@ -157,8 +157,8 @@ def _build(spec: BuildSpec, root: Path, how: _How) -> DatasetCard:
         tasks=tasks,
         spec=spec.identity(),
     )
-    write_card(root, card)
     remove_spool(root)
+    write_card(root, card)
     return card
 
 
@@ -232,13 +232,14 @@ def _build_placed(
     places = {_key(part.split, id): source.place(part.split, id) for part, samples in listed for id, _ in samples}
     pieces = read_spool(directory, places)
     with Crew(min(how.workers or cores(), -(-count // UNIT))) as crew:
-        jobs = [
-            encode_job(directory, spec, unit) for unit in units({k: p for k, p in places.items() if k not in pieces})
-        ]
+        unread = {key: place for key, place in places.items() if key not in pieces}
+        jobs = [encode_job(directory, spec, unit) for unit in units(unread)]
         with progress(how.progress, f"building {spec.name}", count, len(pieces)) as advance:
             broken = {key: problem for found in crew.run(jobs, advance) for key, problem in found.items()}
         _judge_broken(broken, how.skip_broken)
         pieces = read_spool(directory, places)
+        if len(pieces) + len(broken) != len(places):
+            raise UserError(f"{directory}: was altered while it was in use: the same command continues; key data.root")
         with progress(how.progress, f"writing {spec.name}", count) as advance:
             for part, samples in listed:
                 _write_part(spec, root, view, part, samples, pieces, broken, crew, advance)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, astuple
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_tools.images import fit
 from data_tools.sources.base import Pixels, Place, decode, read_place
@@ -84,21 +85,23 @@ def _encode(job: Job, advance: Advance) -> dict[str, str]:
 
 
 def _read(unit: list[tuple[str, Place]]) -> Iterator[tuple[str, Place, bytes | UserError]]:
-    """The raw bytes of images, file by file, or what is wrong with one of them. A file of many that is damaged raises."""
-    for _, group in groupby(unit, key=lambda item: item[1].file):
+    """The raw bytes of images, file by file, or what is wrong with one. A damaged file of many images raises."""
+    for name, group in groupby(unit, key=lambda item: item[1].file):
         part = list(group)
-        if part[0][1].group >= 0:
+        first = part[0][1]
+        if first.group >= 0:
             keys = {place: key for key, place in part}
             for place, data in read_rows([place for _, place in part]):
                 yield keys[place], place, data
-            continue
-        for key, place in part:
-            yield key, place, _read_one(place)
+        else:
+            with Path(name).open("rb") if first.size >= 0 else nullcontext() as file:
+                for key, place in part:
+                    yield key, place, _read_one(place, file)
 
 
-def _read_one(place: Place) -> bytes | UserError:
+def _read_one(place: Place, file: IO[bytes] | None) -> bytes | UserError:
     try:
-        return read_place(place)
+        return read_place(place, file)
     except UserError as error:
         return error
 

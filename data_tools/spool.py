@@ -1,8 +1,9 @@
 """Encoded images on their way into shards: what was made once is not made again, whatever ends the build.
 
 Raw images lie class by class, or in any order; shards hold a task's images shuffled. So the raw files are read once,
-from front to back, in units of some hundred images, each of which becomes a small tar in `<root>/.spool/` with a list of
-what it holds. Shards are then put together from there. The spool takes as much room as the shards do, and goes at the end.
+from front to back, in units of some hundred images, each of which becomes a small tar in `<root>/.spool/` with a list
+of what it holds. Shards are then put together from there. The spool takes as much room as the shards do, and goes when
+all are written.
 """
 
 from __future__ import annotations
@@ -66,12 +67,8 @@ def write_unit(directory: Path, encoded: list[tuple[str, Place, str, bytes]]) ->
 
 def read_spool(directory: Path, places: Mapping[str, Place]) -> dict[str, Piece]:
     """What is kept of the images asked for, by key. A key whose image lies elsewhere now is another image's."""
-    found: dict[str, Piece] = {}
-    for path in sorted(directory.glob("unit-*.json")):
-        for key, place, piece in _read_unit(path):
-            if places.get(key) == place:
-                found[key] = piece
-    return found
+    kept = (item for path in sorted(directory.glob("unit-*.json")) for item in _read_unit(path))
+    return {key: piece for key, place, piece in kept if places.get(key) == place}
 
 
 def _read_unit(path: Path) -> list[tuple[str, Place, Piece]]:

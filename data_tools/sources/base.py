@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,14 +140,18 @@ def require_path(path: str, what: str) -> Path:
     return found
 
 
-def read_place(place: Place) -> bytes:
-    """An image's bytes, of a place in no row group. Raises UserError, naming it."""
+def read_place(place: Place, file: IO[bytes] | None = None) -> bytes:
+    """An image's bytes, of a place in no row group; `file` is its file where that is open already.
+
+    Raises:
+        UserError: naming the image.
+    """
     try:
         if place.size < 0:
             return read_regular(Path(place.file), MEMBER_LIMIT)
-        with Path(place.file).open("rb") as file:
-            file.seek(place.start)
-            data = file.read(place.size)
+        with nullcontext(file) if file else Path(place.file).open("rb") as opened:
+            opened.seek(place.start)
+            data = opened.read(place.size)
     except OSError as error:
         raise UserError(f"{place.name}: {error.strerror or error}; {SOURCE_KEY}") from None
     if len(data) != place.size:
