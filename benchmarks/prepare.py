@@ -28,6 +28,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,7 @@ ROWS, GROUP = 10_000, 100  # images of a parquet file and of its row groups
 FIELD = 2048  # edge of the random field
 COMPARED = 40  # images of a data set that are made by Pillow alone, too
 Image_HWC = NDArray[np.uint8]
+Contents = Counter[tuple[str, int, str]]  # split, class id and checksum of the images of a data set
 
 
 @dataclass(frozen=True)
@@ -223,26 +225,25 @@ def by_pillow(data: bytes, size: int) -> Image_HWC:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def contents(root: Path, tasks: int) -> set[tuple[str, int, str]]:
-    """Split, class id and checksum of each image of a data set."""
-    found: set[tuple[str, int, str]] = set()
+def contents(root: Path, tasks: int) -> Contents:
+    found: Contents = Counter()
     for split in ("train", "test"):
         data = TaskData.open(root, split, list(range(1, tasks + 1)), Verify.size)
         for first in range(0, len(data), 1000):
             rows = np.arange(first, min(first + 1000, len(data)))
             images, labels = data.read(rows), data.labels[rows]
             for image, label in zip(images, labels.tolist(), strict=True):
-                found.add((split, label, hashlib.sha256(image.tobytes()).hexdigest()))
+                found[split, label, hashlib.sha256(image.tobytes()).hexdigest()] += 1
     return found
 
 
-def check(root: Path, raw: Raw, spec: BuildSpec, known: set[tuple[str, int, str]] | None) -> set[tuple[str, int, str]]:
+def check(root: Path, raw: Raw, spec: BuildSpec, known: Contents | None) -> Contents:
     """The images of a data set. Raises WrongResult where they are not those of the raw files."""
     found = contents(root, len(spec.tasks))
     if known is not None and found != known:
         raise WrongResult(f"{spec.source}: holds other images than the form before")
-    if len(found) != len(raw.counted):
-        raise WrongResult(f"{spec.source}: {len(found)} different images, {len(raw.counted)} expected")
+    if found.total() != len(raw.counted):
+        raise WrongResult(f"{spec.source}: {found.total()} images, {len(raw.counted)} expected")
     random = np.random.default_rng(1)
     for split, part in raw.parts:
         for label in random.integers(len(raw.listed), size=COMPARED // 2).tolist():
@@ -309,7 +310,7 @@ def spec_of(raw: Raw, form: str, source: Path, work: Path, size: int, per_task: 
 
 def shape(raw: Raw, work: Path, workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """The tree of the real shape in each form."""
-    known: set[tuple[str, int, str]] | None = None
+    known: Contents | None = None
     first: list[str] = []
     for form in FORMS:
         clock = Clock()
