@@ -1,12 +1,12 @@
 """How fast ImageNet-100 becomes task shards, from each of the three forms in which people have it.
 
-    python benchmarks/prepare.py [--json FILE] [--quick] [--per-class 1300] [--workers N] [--tiny FOLDER] [--work DIR]
+    python benchmarks/prepare.py [--parts shape,rate] [--tiny FOLDER] [--json FILE] [--quick] [--workers N]
 
-The images are synthetic: windows of a random field with noise, as JPEGs. The tree has ImageNet-100's shape: the 100
-listed classes, and 10 others to be passed over, with 1,300 training and 50 validation images each, as class folders, as
-the official tar of tars, and as parquet files. These images are small (66 to 96 pixels). The rate for images of the
-size of ImageNet's (500x375) is taken of fewer of them. `--tiny` adds real ones: a folder with train.npz and val.npz of
-JPEGs of 64x64, one after another (`jpeg`, `offsets`, `labels`, `files`, `wnids`).
+The images are synthetic: windows of a random field with noise, as JPEGs. The tree (`shape`) has ImageNet-100's shape:
+the 100 listed classes, and 10 others to be passed over, with 1,300 training and 50 validation images each, as class
+folders, as the official tar of tars, and as parquet files. These images are small (66 to 96 pixels), and kept raw. The
+rate for images of the size of ImageNet's (500x375, `rate`) is taken of fewer of them. `--tiny` adds real ones: a folder
+with train.npz and val.npz of JPEGs of 64x64 one after another (`jpeg`, `offsets`, `labels`, `files`, `wnids`).
 
 Seconds are counted twice: on the clock, and of CPU time of all processes together. A machine that does other things
 besides lengthens the first, and hardly the second. Files come from a warm page cache.
@@ -51,6 +51,7 @@ from trainer.data.shards import read_index
 from trainer.data.tasks import split_classes
 
 LIST = Path(__file__).resolve().parents[1] / "configs" / "imagenet100_classes.txt"
+PARTS = ("shape", "rate")
 FORMS = ("folder", "imagenet", "parquet")
 OTHERS = 10  # classes that are not listed
 ROWS, GROUP = 10_000, 100  # images of a parquet file and of its row groups
@@ -316,7 +317,7 @@ def shape(raw: Raw, work: Path, workers: int) -> Iterator[tuple[str, dict[str, A
         clock = Clock()
         source = write_raw(form, raw, work / f"raw-{form}")
         written = clock.read(len(raw.counted))["seconds"]
-        spec = spec_of(raw, form, source, work, 64, len(raw.listed) // 10)
+        spec = replace(spec_of(raw, form, source, work, 64, len(raw.listed) // 10), format="raw")
         result = measure(spec, raw, work / form, workers) | {"raw_written_in_seconds": written}
         known = check(work / form, raw, spec, known)
         first = first or checksums(work / form)
@@ -384,22 +385,32 @@ def run(options: argparse.Namespace, report: Report, work: Path) -> None:
         "rate": {},
         "shape": {},
     }
-    for name, result in rates(make_large(sizes, options.seed), work):
-        details["rate"][name] = result
-        report.write()
+    if "rate" in options.parts:
+        for name, result in rates(make_large(sizes, options.seed), work):
+            details["rate"][name] = result
+            report.write()
     if options.tiny:
         details["tiny"] = real(read_tiny(options.tiny), work, options.workers)
         report.write()
-    for form, result in shape(make_raw(sizes, options.seed), work, options.workers):
-        details["shape"][form] = result
-        report.write()
+    if "shape" in options.parts:
+        for form, result in shape(make_raw(sizes, options.seed), work, options.workers):
+            details["shape"][form] = result
+            report.write()
     details["load_average"].append(round(os.getloadavg()[0], 1))
     report.write()
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    parts = tuple(text.split(","))
+    if not set(parts) <= {*PARTS, "none"}:
+        raise argparse.ArgumentTypeError(f"{text}: of {', '.join(PARTS)}, or none")
+    return parts
 
 
 def main(argv: Sequence[str]) -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=_parts, default=PARTS, metavar="NAMES", help="of shape,rate; or none")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the result goes")
     parser.add_argument("--quick", action="store_true", help="a few images: whether everything runs")
     parser.add_argument("--per-class", type=int, default=Sizes.train, help="training images of each class")

@@ -81,9 +81,14 @@ def test_tars_give_what_their_unpacked_files_give(tmp_path: Path, tree: Tree) ->
     assert open_source("imagenet", str(tars), "x", None).class_names == WNIDS
     expected = shards(build_from(tmp_path, "folder", folders))
     assert len(expected) == 3 + 2 + 1 + 1 and shards(build_from(tmp_path, "imagenet", tars)) == expected
+
+
+def test_parquet_gives_the_same_shards_where_its_rows_have_that_order(tmp_path: Path, tree: Tree) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed (pip install 'palimpsest[parquet]')")
+    expected = shards(build_from(tmp_path, "folder", write_class_folders(tmp_path / "folders", tree)))
     write_parquet(tmp_path / "parquet" / "data" / "train-0-of-1.parquet", parquet_rows(tree, "train"))
     write_parquet(tmp_path / "parquet" / "data" / "validation-0-of-1.parquet", parquet_rows(tree, "val"))
-    assert shards(build_from(tmp_path, "parquet", tmp_path / "parquet")) == expected  # its rows were in that order
+    assert shards(build_from(tmp_path, "parquet", tmp_path / "parquet")) == expected
 
 
 def test_tars_of_other_classes_are_not_read(tmp_path: Path, tree: Tree) -> None:
