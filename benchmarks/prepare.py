@@ -1,6 +1,7 @@
 """How fast ImageNet-100 becomes task shards, from each of the three forms in which people have it.
 
-    python benchmarks/prepare.py [--parts shape,rate] [--tiny FOLDER] [--json FILE] [--quick] [--workers N]
+    python benchmarks/prepare.py [--parts shape,rate] [--forms folder,imagenet,parquet] [--per-class 1300]
+                                 [--tiny FOLDER] [--json FILE] [--quick] [--workers N]
 
 The images are synthetic: windows of a random field with noise, as JPEGs. The tree (`shape`) has ImageNet-100's shape:
 the 100 listed classes, and 10 others to be passed over, with 1,300 training and 50 validation images each, as class
@@ -29,7 +30,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -309,21 +310,24 @@ def spec_of(raw: Raw, form: str, source: Path, work: Path, size: int, per_task: 
     return BuildSpec("imagenet100", form, tasks, size, 3, source_path=str(source), class_list=str(listed))
 
 
-def shape(raw: Raw, work: Path, workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def shape(raw: Raw, work: Path, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """The tree of the real shape in each form."""
     known: Contents | None = None
     first: list[str] = []
-    for form in FORMS:
+    for form in options.forms:
         clock = Clock()
         source = write_raw(form, raw, work / f"raw-{form}")
         written = clock.read(len(raw.counted))["seconds"]
         spec = replace(spec_of(raw, form, source, work, 64, len(raw.listed) // 10), format="raw")
-        result = measure(spec, raw, work / form, workers) | {"raw_written_in_seconds": written}
-        known = check(work / form, raw, spec, known)
+        result = measure(spec, raw, work / form, options.workers) | {"raw_written_in_seconds": written}
+        same = checksums(work / form) == first
+        if not same:
+            known = check(work / form, raw, spec, known)
+        if first:
+            result["same_shards_as"] = options.forms[0] if same else "none, the same images"
+        if first and not same and "parquet" not in (form, options.forms[0]):
+            raise WrongResult(f"{form}: other shards than those of {options.forms[0]}")
         first = first or checksums(work / form)
-        result["same_shards_as_folder"] = checksums(work / form) == first
-        if form == "imagenet" and not result["same_shards_as_folder"]:
-            raise WrongResult("imagenet: the tars give other shards than the folders")
         for folder in (source, work / form):
             shutil.rmtree(folder)
         yield form, result
@@ -393,24 +397,28 @@ def run(options: argparse.Namespace, report: Report, work: Path) -> None:
         details["tiny"] = real(read_tiny(options.tiny), work, options.workers)
         report.write()
     if "shape" in options.parts:
-        for form, result in shape(make_raw(sizes, options.seed), work, options.workers):
+        for form, result in shape(make_raw(sizes, options.seed), work, options):
             details["shape"][form] = result
             report.write()
     details["load_average"].append(round(os.getloadavg()[0], 1))
     report.write()
 
 
-def _parts(text: str) -> tuple[str, ...]:
-    parts = tuple(text.split(","))
-    if not set(parts) <= {*PARTS, "none"}:
-        raise argparse.ArgumentTypeError(f"{text}: of {', '.join(PARTS)}, or none")
-    return parts
+def _some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def read(text: str) -> tuple[str, ...]:
+        parts = tuple(text.split(","))
+        if not set(parts) <= {*known, "none"}:
+            raise argparse.ArgumentTypeError(f"{text}: of {', '.join(known)}, or none")
+        return parts
+
+    return read
 
 
 def main(argv: Sequence[str]) -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=_parts, default=PARTS, metavar="NAMES", help="of shape,rate; or none")
+    parser.add_argument("--parts", type=_some_of(PARTS), default=PARTS, metavar="NAMES", help="of shape,rate")
+    parser.add_argument("--forms", type=_some_of(FORMS), default=FORMS, metavar="NAMES", help="of the shape")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the result goes")
     parser.add_argument("--quick", action="store_true", help="a few images: whether everything runs")
     parser.add_argument("--per-class", type=int, default=Sizes.train, help="training images of each class")
