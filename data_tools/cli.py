@@ -50,19 +50,36 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     make.add_argument(
         "--format", choices=("png", "raw"), default="png", help="raw: larger files, read thirty times as fast"
     )
+    make.add_argument(
+        "--small-images",
+        choices=("pad", "enlarge"),
+        default="pad",
+        help="images below the size: a black border, or enlarged",
+    )
+    make.add_argument(
+        "--skip-broken", type=_count, default=0, metavar="N", help="leave out up to N images that cannot be read"
+    )
     send = commands.add_parser("upload", help="copy a built data set into a store; again: what is missing there")
     send.add_argument("root", type=Path, help="of the built data set")
     send.add_argument("url", help="as s3://bucket/name; credentials come from the environment")
     check = commands.add_parser("verify", help="check every byte, count, label and image")
     check.add_argument("root", type=Path)
+    for command in (make, check):
+        command.add_argument("--workers", type=_count, default=0, metavar="N", help="processes; by default the cores")
     return parser.parse_args(arguments)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
 
 
 def run_build(options: argparse.Namespace) -> int:
     """Build and say where. Raises UserError."""
     spec = _spec(options)
     root = Path(options.out) if options.out else default_root(spec.name, spec)
-    card = build(spec, root, progress=True)
+    card = build(spec, root, True, options.workers, options.skip_broken)
     print(f"{root}: {len(card.classes)} classes, {len(card.tasks)} tasks {card.tasks}")
     return 0
 
@@ -76,7 +93,7 @@ def run_upload(options: argparse.Namespace) -> int:
 
 def run_verify(options: argparse.Namespace) -> int:
     """Print the report. Raises UserError where there is no data set."""
-    report = verify(options.root)
+    report = verify(options.root, options.workers, progress=True)
     print_report(report)
     return 1 if report.damage else 0
 
@@ -96,6 +113,7 @@ def _spec(options: argparse.Namespace) -> BuildSpec:
         class_list=options.class_list,
         shard_size=options.shard_size,
         format=options.format,
+        small_images=options.small_images,
     )
     return replace(spec, tasks=_tasks(options, spec))
 

@@ -17,6 +17,7 @@ DATA_DIR = Path("data")
 # and the class list, which may grow and are compared by their own rules; and `source_path`, which says where the raw
 # images lie on one machine, while `name` says which they are.
 IDENTITY = ("name", "source", "image_size", "channels", "shard_size", "format")
+YOUNGER: dict[str, object] = {"small_images": "pad"}  # the same for keys that older data sets do not have
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,13 @@ class BuildSpec:
     classes: int = 0
     shard_size: int = 1000
     format: str = "png"
+    small_images: str = "pad"
 
     def identity(self) -> dict[str, object]:
-        """What is kept beside the shards to recognise the data set again."""
-        return {key: getattr(self, key) for key in IDENTITY}
+        """What is kept beside the shards to recognise the data set again; a younger key only where it is not as it
+        was before there was the key."""
+        younger = {key: value for key, before in YOUNGER.items() if (value := getattr(self, key)) != before}
+        return {**{key: getattr(self, key) for key in IDENTITY}, **younger}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ def check_spec(spec: BuildSpec) -> None:
         raise ConfigError(f"data.channels={spec.channels}: must be 1 or 3")
     if spec.format not in ("png", "raw"):
         raise ConfigError(f"data.format={spec.format}: must be png or raw")
+    if spec.small_images not in ("pad", "enlarge"):
+        raise ConfigError(f"data.small_images={spec.small_images}: must be pad or enlarge")
     for key in ("image_size", "shard_size"):
         if getattr(spec, key) < 1:
             raise ConfigError(f"data.{key}={getattr(spec, key)}: must be above 0")
@@ -72,7 +78,8 @@ def check_spec(spec: BuildSpec) -> None:
 
 def differences(spec: BuildSpec, built: dict[str, object]) -> list[Difference]:
     """Where a spec is not the one a data set was built with."""
-    return [Difference(key, built.get(key), value) for key, value in spec.identity().items() if built.get(key) != value]
+    wanted, before = {**YOUNGER, **spec.identity()}, {**YOUNGER, **built}
+    return [Difference(key, before.get(key), value) for key, value in wanted.items() if before.get(key) != value]
 
 
 def tasks_agree(wanted: list[list[int]], built: list[list[int]]) -> bool:

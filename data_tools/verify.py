@@ -10,7 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from data_tools.crew import Crew, cores
+from data_tools.jobs import Job, verify_job
+from data_tools.progress import progress as bar
 from data_tools.sources.base import SPLITS
+from data_tools.spool import UNIT
 from trainer.data.images import decode_image, image_extension
 from trainer.data.shards import (
     LABEL_EXTENSION,
@@ -47,26 +51,37 @@ class Report:
     damage: list[str] = field(default_factory=list)
 
 
-def verify(root: Path) -> Report:
+def verify(root: Path, workers: int = 0, progress: bool = False) -> Report:
     """Check sizes, checksums, counts, keys, labels, classes of each task, and decode every image.
+
+    Args:
+        workers: processes; 0: as many as there are cores. The report does not depend on it.
 
     Raises:
         UserError: there is no data set.
     """
     card = read_card(root)
     report = Report(root)
+    damage: list[list[str]] = []  # of each index, with its shards
+    jobs: list[tuple[int, Job]] = []
     for task in range(1, len(card.tasks) + 1):
         for split in SPLITS:
             directory = task_directory(root, split, task)
             try:
                 index = read_index(directory)
             except UserError as error:
-                report.damage.append(str(error))
+                damage.append([str(error)])
                 continue
-            report.damage += _index_problems(directory, index, card, split, task)
-            for entry in index.shards:
-                report.damage += _shard_problems(directory / entry.name, entry, index)
+            damage.append(_index_problems(directory, index, card, split, task))
+            shape = (index.image_size, index.channels)
+            jobs += [(len(damage) - 1, verify_job(directory / entry.name, entry, *shape)) for entry in index.shards]
             report.rows.append(_row(index))
+    count = sum(sum(row.per_class.values()) for row in report.rows)
+    with Crew(min(workers or cores(), -(-count // UNIT))) as crew, bar(progress, f"verifying {root}", count) as advance:
+        found = crew.run([job for _, job in jobs], advance)
+    for (place, _), problems in zip(jobs, found, strict=True):
+        damage[place] += problems
+    report.damage = [line for lines in damage for line in lines]
     return report
 
 
@@ -107,7 +122,8 @@ def _index_problems(directory: Path, index: SplitIndex, card: DatasetCard, split
     return [f"{directory}: {problem}" for problem in problems]
 
 
-def _shard_problems(path: Path, entry: ShardEntry, index: SplitIndex) -> list[str]:
+def shard_problems(path: Path, entry: ShardEntry, image_size: int, channels: int) -> list[str]:
+    """What is wrong with a shard, a line each."""
     try:
         check_shard(path, entry, sha256=True)
         members = _tar_members(path)
@@ -127,17 +143,17 @@ def _shard_problems(path: Path, entry: ShardEntry, index: SplitIndex) -> list[st
     return [
         f"{path}: sample {key}: {problem}"
         for key, spans, label in zip(entry.keys, entry.offsets, entry.labels, strict=True)
-        if (problem := _sample_problem(data, spans, label, index))
+        if (problem := _sample_problem(data, spans, label, image_size, channels))
     ]
 
 
-def _sample_problem(data: bytes, spans: dict[str, list[int]], label: int, index: SplitIndex) -> str:
+def _sample_problem(data: bytes, spans: dict[str, list[int]], label: int, image_size: int, channels: int) -> str:
     members = {extension: data[first : first + size] for extension, (first, size) in spans.items()}
     extension = image_extension(spans)
     if extension is None or members.get(LABEL_EXTENSION) != str(label).encode():
         return f"needs one image and the label {label}, holds {sorted(members)}"
     try:
-        decode_image(members[extension], extension, index.image_size, index.channels)
+        decode_image(members[extension], extension, image_size, channels)
     except UserError as error:
         return str(error)
     return ""

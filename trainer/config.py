@@ -19,6 +19,15 @@ class Source(str, Enum):
     folder = "folder"
     npz = "npz"
     webdataset = "webdataset"
+    imagenet = "imagenet"  # the official tars, as they are
+    parquet = "parquet"  # as of Hugging Face
+
+
+class SmallImages(str, Enum):
+    """What becomes of raw images whose shorter side is below data.image_size."""
+
+    pad = "pad"  # a black border
+    enlarge = "enlarge"
 
 
 class ShardFormat(str, Enum):
@@ -197,6 +206,7 @@ class DataConfig:
     tasks: list[list[int]] = field(default_factory=list)  # explicit class ids of each task; wins over the split
     shard_size: int = 1000  # images per shard
     format: ShardFormat = ShardFormat.png  # raw: the same pixels in larger files, read thirty times as fast
+    small_images: SmallImages = SmallImages.pad
     verify: Verify = Verify.sha256
     flip: bool = False  # horizontal flips, drawn from the sample's own counter
     labelled: float = 1.0  # share of each class's training images whose label a classifier within the model may know

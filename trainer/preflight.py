@@ -53,6 +53,7 @@ def build_spec(config: Config) -> BuildSpec:
         tasks=data.tasks,
         shard_size=data.shard_size,
         format=data.format.value,
+        small_images=data.small_images.value,
     )
 
 

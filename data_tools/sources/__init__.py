@@ -7,11 +7,13 @@ from data_tools.sources.cifar import open_cifar
 from data_tools.sources.digits import open_digits
 from data_tools.sources.folder import FolderSource
 from data_tools.sources.idx import open_idx
+from data_tools.sources.imagenet import ImageNetSource
 from data_tools.sources.npz import open_npz
+from data_tools.sources.parquet import ParquetSource
 from data_tools.sources.webdataset import WebDatasetSource
 from trainer.errors import ConfigError
 
-SOURCES = ("digits", "idx", "cifar10", "cifar100", "folder", "npz", "webdataset")
+SOURCES = ("digits", "idx", "cifar10", "cifar100", "folder", "npz", "webdataset", "imagenet", "parquet")
 
 
 def open_source(source: str, path: str, name: str, class_list: list[str] | None) -> Source:
@@ -28,4 +30,8 @@ def open_source(source: str, path: str, name: str, class_list: list[str] | None)
         return open_npz(path)
     if source == "webdataset":
         return WebDatasetSource(path)
+    if source == "imagenet":
+        return ImageNetSource(path, class_list)
+    if source == "parquet":
+        return ParquetSource(path, class_list)
     raise ConfigError(f"data.source={source}: must be one of {', '.join(SOURCES)}")

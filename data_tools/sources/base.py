@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from trainer.data.images import PIL_ERRORS
+from trainer.data.shards import MEMBER_LIMIT, read_regular
 from trainer.errors import UserError, one_line
 from trainer.seeds import derive
 
@@ -37,6 +41,41 @@ class Source(Protocol):
     def load(self, split: str, id: int) -> Pixels:
         """One image, uint8 (H,W,1) or (H,W,3), in its own size. Raises UserError, naming it, where it is broken."""
         ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the bytes of one image lie: `size` bytes from `start` on, or the whole file where `size` is negative.
+
+    In a parquet file `group` is the row group and `start` the row within it. `name` is what messages call the image.
+    """
+
+    file: str
+    name: str
+    start: int = 0
+    size: int = -1
+    group: int = -1
+
+
+class PlacedSource(ABC):
+    """A source of encoded images in files: they are read file by file, from front to back, by several processes."""
+
+    @property
+    @abstractmethod
+    def class_names(self) -> list[str]: ...
+
+    @abstractmethod
+    def samples(self, split: str, wanted: Collection[int]) -> Iterator[tuple[int, int]]:
+        """As of `Source`."""
+
+    @abstractmethod
+    def place(self, split: str, id: int) -> Place:
+        """Of an id that `samples` gave."""
+
+    def load(self, split: str, id: int) -> Pixels:
+        """As of `Source`. Raises UserError."""
+        place = self.place(split, id)
+        return decode(io.BytesIO(read_place(place)), place.name)
 
 
 class ArraySource:
@@ -101,14 +140,35 @@ def require_path(path: str, what: str) -> Path:
     return found
 
 
-def decode(file: Path | io.BytesIO, where: str) -> Pixels:
-    """An image file of any size as uint8 (H,W,1) where it is grey and (H,W,3) otherwise; transparency is dropped.
+def read_place(place: Place, file: IO[bytes] | None = None) -> bytes:
+    """An image's bytes, of a place in no row group; `file` is its file where that is open already.
 
     Raises:
-        UserError: a broken image, no file, or one with more than 8 bits per channel or PIXEL_LIMIT pixels.
+        UserError: naming the image.
     """
-    if isinstance(file, Path) and not file.is_file():
-        raise UserError(f"{where}: not a regular file; {SOURCE_KEY}")
+    try:
+        if place.size < 0:
+            return read_regular(Path(place.file), MEMBER_LIMIT)
+        with nullcontext(file) if file else Path(place.file).open("rb") as opened:
+            opened.seek(place.start)
+            data = opened.read(place.size)
+    except OSError as error:
+        raise UserError(f"{place.name}: {error.strerror or error}; {SOURCE_KEY}") from None
+    if len(data) != place.size:
+        raise UserError(f"{place.name}: the file ends before it; {SOURCE_KEY}")
+    return data
+
+
+def decode(file: io.BytesIO, where: str) -> Pixels:
+    """An image file of any size as uint8 (H,W,1) where it is grey and (H,W,3) otherwise; transparency is dropped.
+
+    The format is told by its bytes, not its name: ImageNet has a PNG named .JPEG. CMYK becomes RGB. The orientation
+    in EXIF is not applied: torchvision, ADM and EDM do not either, so all see the same ImageNet. JPEGs are decoded at
+    their full size, never at a reduced one (`draft`), which would give other pixels.
+
+    Raises:
+        UserError: a broken image, or one with more than 8 bits per channel or PIXEL_LIMIT pixels.
+    """
     try:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > PIXEL_LIMIT:

@@ -1,4 +1,4 @@
-"""A folder of class folders, as ImageNet ships: train/<class>/*.JPEG and val/<class>/*.JPEG."""
+"""A folder of class folders: train/<class>/*.JPEG and val/<class>/*.JPEG, or val/*.JPEG with a list of its labels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.sources.base import SOURCE_KEY, Pixels, decode, holdout, require_path
+from data_tools.sources.base import SOURCE_KEY, Place, PlacedSource, holdout, require_path
+from data_tools.sources.ground_truth import NAMES, read_truth
 from trainer.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -16,9 +17,11 @@ TEST_FOLDERS = ("val", "test")
 TEST_FRACTION = 0.1
 
 
-class FolderSource:
-    """Files sorted within their class. Without train/ and val/ (or test/) every class folder lies directly in `path`
-    and a fixed stratified tenth of each class is the test split."""
+class FolderSource(PlacedSource):
+    """Files sorted within their class. A val/ that holds images, not class folders, is sorted by the labels that lie in
+    it or beside it (`read_truth`): so ImageNet's validation images and those of Tiny-ImageNet are shipped. Without
+    train/ and val/ (or test/) every class folder lies directly in `path` and a fixed stratified tenth of each class is
+    the test split."""
 
     def __init__(self, path: str, class_list: list[str] | None) -> None:
         """Raises UserError where folders are missing; no image is opened yet."""
@@ -30,6 +33,7 @@ class FolderSource:
         if self.shipped_split:
             self._folders = {"train": self._root / "train", "test": _test_folder(self._root)}
         self._names = class_list if class_list is not None else _class_folders(self._folders["train"])
+        self._flat = self._flat_test() if self.shipped_split else None
         self._files: dict[str, dict[int, Path]] = {"train": {}, "test": {}}
         self._counts: dict[tuple[str, str], int] = {}  # of classes listed before: listing ImageNet takes a while
 
@@ -51,11 +55,33 @@ class FolderSource:
                     yield id, label
             next_id += self._counts[split, name]
 
-    def load(self, split: str, id: int) -> Pixels:
-        file = self._files[split][id]
-        return decode(file, str(file))
+    def place(self, split: str, id: int) -> Place:
+        file = str(self._files[split][id])
+        return Place(file, file)
+
+    def _flat_test(self) -> dict[str, list[Path]] | None:
+        """Test images by class, where they lie in no class folders."""
+        folder = self._folders["test"]
+        if any((folder / name).is_dir() for name in self._names):
+            return None
+        truth = read_truth([folder, self._root])
+        if truth is None:
+            if _has_folders(folder):
+                return None
+            raise UserError(
+                f"{folder}: holds images, not class folders: sort them into one per class, or add their labels: one "
+                f"of {', '.join(NAMES)}; {SOURCE_KEY}"
+            )
+        files: dict[str, list[Path]] = {}
+        for file in _images(folder):
+            if file.stem not in truth:
+                raise UserError(f"{file}: has no label; {SOURCE_KEY}")
+            files.setdefault(truth[file.stem], []).append(file)
+        return files
 
     def _class_files(self, split: str, name: str) -> list[Path]:
+        if split == "test" and self._flat is not None:
+            return self._flat.get(name, [])
         folder = self._folders[split] / name
         if not folder.is_dir():
             raise UserError(f"{folder}: missing (class {name!r}); {SOURCE_KEY}")
@@ -70,10 +96,6 @@ def _test_folder(root: Path) -> Path:
     for name in TEST_FOLDERS:
         folder = root / name
         if folder.is_dir():
-            if not _has_folders(folder):
-                raise UserError(
-                    f"{folder}: holds images, not class folders: sort them into one per class; {SOURCE_KEY}"
-                )
             return folder
     raise UserError(
         f"{root}: train/ is there, but neither {' nor '.join(f'{name}/' for name in TEST_FOLDERS)}; {SOURCE_KEY}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.sources.base import CLASSES_LIMIT, SOURCE_KEY, Pixels, decode, holdout, require_path
+from data_tools.sources.base import CLASSES_LIMIT, SOURCE_KEY, Place, PlacedSource, holdout, require_path
+from data_tools.sources.tars import files_of, opened
 from trainer.data.images import PIL_FORMATS
-from trainer.data.shards import LABEL_EXTENSION, TAR_ERRORS, tar_members
+from trainer.data.shards import LABEL_EXTENSION
 from trainer.errors import UserError, one_line
 
 TEST_NAMES = ("val", "test")
@@ -29,7 +29,7 @@ class _Record:
     size: int
 
 
-class WebDatasetSource:
+class WebDatasetSource(PlacedSource):
     """`path` holds train/*.tar and val/*.tar (or test/), or tars named train*, val*, test*; tars of other names are
     one set, of which a fixed stratified tenth of each class is the test split."""
 
@@ -55,13 +55,10 @@ class WebDatasetSource:
             if record.label in wanted:
                 yield id, record.label
 
-    def load(self, split: str, id: int) -> Pixels:
+    def place(self, split: str, id: int) -> Place:
         record = self._records[split][id]
-        where = f"{record.tar}: sample {one_line(record.key)}"
-        with record.tar.open("rb") as file:
-            file.seek(record.offset)
-            data = file.read(record.size)
-        return decode(io.BytesIO(data), where)
+        name = f"{record.tar}: sample {one_line(record.key)}"
+        return Place(str(record.tar), name, record.offset, record.size)
 
 
 def _tars(root: Path) -> dict[str, list[Path]]:
@@ -91,25 +88,15 @@ def _read_tar(path: Path) -> list[_Record]:
     """Samples of one tar in their order; a key is the name up to the first dot of its last part, as in webdataset."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
-    end = 0
-    if not path.is_file():
-        raise UserError(f"{path}: not a regular file; {SOURCE_KEY}")
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar_members(tar):
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if member.isfile() and extension.lower() in PIL_FORMATS:
-                    images[key] = (member.offset_data, member.size)
-                elif member.isfile() and extension.lower() == LABEL_EXTENSION:
-                    labels[key] = _label(tar, member, f"{path}: sample {one_line(key)}")
-    except UserError:
-        raise
-    except TAR_ERRORS as error:
-        raise UserError(f"{path}: damaged ({one_line(error)}); {SOURCE_KEY}") from None
-    _check_end(path, end)
+    with opened(path) as tar:
+        for member in files_of(tar, str(path)):
+            folder, _, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            if extension.lower() in PIL_FORMATS:
+                images[key] = (member.offset_data, member.size)
+            elif extension.lower() == LABEL_EXTENSION:
+                labels[key] = _label(tar, member, f"{path}: sample {one_line(key)}")
     odd = sorted(images.keys() ^ labels.keys())
     if odd:
         raise UserError(
@@ -124,12 +111,3 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> int:
     if not text.isdecimal() or int(text) >= CLASSES_LIMIT:
         raise UserError(f"{where}: label {text!r} is not a whole number below {CLASSES_LIMIT}; {SOURCE_KEY}")
     return int(text)
-
-
-def _check_end(path: Path, end: int) -> None:
-    """A block of zeros follows the last member: a tar cut between two members reads without an error, but lacks it."""
-    with path.open("rb") as file:
-        file.seek(end)
-        mark = file.read(tarfile.BLOCKSIZE)
-    if mark != bytes(tarfile.BLOCKSIZE):
-        raise UserError(f"{path}: cut short (it has no end mark); {SOURCE_KEY}")

@@ -152,6 +152,53 @@ def test_webdataset_leaves_other_members_alone(tmp_path: Path, trap: Trap) -> No
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
+IMAGENET = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
+WNID = "n01440764"
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        b"",
+        bytes(10240),
+        tar_header(f"{WNID}.tar", TEN_GB),
+        tar_header(f"{WNID}.tar", -512) * 4,
+        tar_header(f"{WNID}.tar", 0, b"2", "/etc/passwd") + bytes(1024),
+        tar_of([(f"{WNID}.tar", b"no tar" * 200)]),
+        tar_of([(f"{WNID}.tar", tar_header("a.JPEG", TEN_GB))]),
+        tar_of([(f"../{WNID}.tar", tar_header("a.JPEG", 0, b"2", "/etc/passwd"))]),
+    ],
+)
+def test_imagenet_tars(tmp_path: Path, train: bytes) -> None:
+    for name, data in zip(IMAGENET, (train, tar_of([("ILSVRC2012_val_00000001.JPEG", png(4, 4))])), strict=True):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "val_labels.txt").write_text(f"ILSVRC2012_val_00000001.JPEG {WNID}\n")
+    refused(lambda: list(open_source("imagenet", str(tmp_path), "x", [WNID]).samples("train", {0})), UserError, "train")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "bomb", "list"])
+def test_imagenet_labels(tmp_path: Path, trap: Trap, kind: str) -> None:
+    """A meta.mat that is a pickle, an archive that unpacks to gigabytes, a list that is no text."""
+    for name in IMAGENET:
+        (tmp_path / name).write_bytes(tar_of([("ILSVRC2012_val_00000001.JPEG", png(4, 4))]))
+    if kind == "pickle":
+        (tmp_path / "meta.mat").write_bytes(pickled(trap))
+        (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n")
+    elif kind == "bomb":
+        (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(gzip.compress(bytes(200 << 20), 1))
+    else:
+        (tmp_path / "val_labels.txt").write_bytes(pickled(trap))
+    refused(lambda: list(open_source("imagenet", str(tmp_path), "x", [WNID]).samples("test", {0})), UserError, "")
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" + bytes(64) + b"\xff\xff\xff\x7fPAR1", b"PAR1" * 99])
+def test_parquet(tmp_path: Path, data: bytes) -> None:
+    pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")  # its import is not watched
+    path = tmp_path / "a.parquet"
+    path.write_bytes(data)
+    refused(lambda: open_source("parquet", str(path), "x", None), UserError, str(path))
+
+
 IMAGES_MADE_TO_HURT = pytest.mark.parametrize(
     ("extension", "data"),
     [

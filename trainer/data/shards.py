@@ -302,7 +302,7 @@ def read_regular(path: Path, limit: int) -> bytes:
         os.close(descriptor)
 
 
-def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def tar_members(tar: tarfile.TarFile, limit: int = MEMBER_LIMIT) -> Iterator[tarfile.TarInfo]:
     """The members of an open tar, one after another.
 
     Raises:
@@ -310,7 +310,7 @@ def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """
     end = 0
     while (member := tar.next()) is not None:
-        if member.offset < end or not 0 <= member.size <= MEMBER_LIMIT:
+        if member.offset < end or not 0 <= member.size <= limit:
             raise tarfile.ReadError(f"member {one_line(repr(member.name))} claims {member.size} bytes")
         end = member.offset_data + member.size
         yield member
