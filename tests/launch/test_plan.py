@@ -211,7 +211,7 @@ def test_the_entry_point_refuses_with_one_line(
 def test_configs_that_ship_can_be_planned() -> None:
     for path in (ROOT / "configs").glob("*.yaml"):
         config = load_config(str(path), ["train.images_per_task=10000", "checkpoint.every_images=1000"])
-        devices = 8 + (config.replay.placement is Placement.ranks)
+        devices = 8 + (config.replay.devices_per_node if config.replay.placement is Placement.ranks else 0)
         plan = make_plan(config, devices, devices)
         assert plan.trainers == 8
         assert plan.parameters > 100_000 and len(plan.tasks) == len(config.data.tasks)
