@@ -16,9 +16,9 @@ import yaml
 
 from trainer.config import Config
 from trainer.container import NOT_FOUND, UNFINISHED, is_finished
-from trainer.preflight import finished_result
 from trainer.run import RunDir
 from trainer.settings import as_plain
+from trainer.standing import finished_result
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 60
