@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 
 from trainer.disk import DiskNeed
 from trainer.errors import ConfigError, UserError
 from trainer.preflight import (
     check_disk,
+    check_pool_store,
     check_run,
     lock_run,
     prepare_data,
@@ -114,3 +117,18 @@ def test_root_follows_the_data_and_not_the_number_of_tasks(tmp_path: Path, monke
         roots.append(config.data.root)
         assert as_plain(config)["data"]["root"] == config.data.root
     assert roots[0] == roots[1] != roots[2]
+
+
+def test_a_pool_store_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory: Any = fsspec.filesystem("memory")
+    config, run = load_config("digits", [*TINY, "replay.store=memory://preflight/pools"]), RunDir(tmp_path / "run")
+    check_pool_store(config, run)
+    assert memory.find("/preflight") == []  # what was tried is gone
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("AccessDenied")
+
+    monkeypatch.setattr(type(memory), "pipe_file", refuse)
+    with pytest.raises(UserError, match=r"^memory://preflight/pools/run/.*refused"):
+        check_pool_store(config, run)
+    check_pool_store(load_config("digits", [*TINY, "method.name=joint"]), run)  # replays nothing

@@ -16,7 +16,7 @@ from data_tools.build import build, check_same
 from data_tools.spec import BuildSpec, default_root
 from trainer.config import Config, Source
 from trainer.data.dataset import TaskData
-from trainer.data.remote import local_root, open_tasks
+from trainer.data.remote import FIRST_CONTACT, local_root, open_tasks
 from trainer.data.shards import DATASET_NAME, DatasetCard, read_card, write_atomic
 from trainer.disk import DiskNeed
 from trainer.errors import ConfigError, UserError
@@ -29,7 +29,7 @@ from trainer.replay.state import read_json, writer_lives
 from trainer.run import RunDir
 from trainer.settings import as_plain, refused_changes, restore_config
 from trainer.steps import replay_steps
-from trainer.store import is_url
+from trainer.store import ObjectStore, Patience, is_url
 
 LOCK_SECONDS = 10.0
 SWEPT = (
@@ -215,9 +215,20 @@ def preflight(config: Config, run: RunDir) -> DatasetCard:
     sweep(run)
     card = prepare_data(config, config.tracking.progress)
     check_requests(config)
+    check_pool_store(config, run)
     check_disk(config, run)
     write_atomic(run.config, yaml.safe_dump(as_plain(config), sort_keys=False).encode())
     return card
+
+
+def check_pool_store(config: Config, run: RunDir) -> None:
+    """Write an object where the replay pools shall lie, and remove it. Raises UserError where the store refuses."""
+    if not config.needs_teacher or len(config.data.tasks) < 2 or not is_url(config.replay.store):
+        return
+    patience = Patience(min(FIRST_CONTACT, config.data.store_timeout), config.data.request_timeout)
+    store = ObjectStore(f"{config.replay.store.rstrip('/')}/{run.root.name}", patience)
+    store.write("written-on-trial", b"palimpsest")
+    store.delete("written-on-trial")
 
 
 def check_requests(config: Config) -> None:

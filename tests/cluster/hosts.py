@@ -20,7 +20,7 @@ from pathlib import Path
 
 HOSTS = ("node1", "node2")
 ADDRESSES = {"node1": "10.77.0.11", "node2": "10.77.0.12"}
-TOOLS = ("ip", "unshare", "sshd", "ssh", "ssh-keygen", "pdsh")
+TOOLS = ("ip", "setpriv", "unshare", "sshd", "ssh", "ssh-keygen", "pdsh")
 SBIN = "/usr/sbin:/sbin"
 UP_SECONDS = 120.0  # on a busy machine
 
@@ -184,9 +184,10 @@ class TwoHosts:
             f"exec {_tool('sshd')} -D -e -f {shlex.quote(str(home / 'sshd.conf'))}"
         )
         own = ("--pid", "--fork", "--kill-child", "--mount", "--uts", "--mount-proc")
+        tied = ("setpriv", "--pdeathsig", "KILL")  # a test that is killed leaves no host
         with (self.directory / f"sshd-{host}.log").open("wb") as log:
             self._running[host] = subprocess.Popen(
-                ["ip", "netns", "exec", self._netns(host), "unshare", *own, "bash", "-c", script],
+                [*tied, "ip", "netns", "exec", self._netns(host), "unshare", *own, "bash", "-c", script],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -106,6 +106,7 @@ def test_a_missing_bucket_and_a_missing_shard(workplace: Workplace, url: str, s3
     ):
         _, output = finish(workplace.train(*overrides, "run.name=bucket"), code=2)
         assert [line for line in output.splitlines() if line.startswith("error") and said in line], output
+        assert not (workplace.path / "runs" / "bucket" / "metrics.jsonl").exists()  # before the first step
     store = ObjectStore(url, Patience(20.0, 10.0))
     name = "train/task-02/train-02-00001.tar"
     shard = store.read(name)
