@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
@@ -22,9 +21,9 @@ import psutil
 
 from trainer.cli import USER_ERROR
 from trainer.errors import ConfigError
-from trainer.replay.state import read_json
 from trainer.run import RunDir
 from trainer.settings import config_from_run
+from trainer.standing import finished_result
 from trainer.stop import STOP_SIGNALS
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -112,18 +111,12 @@ def run_to_end(command: list[str], run: Path | None) -> int:
 
 
 def is_finished(root: Path) -> bool:
-    """Whether a run has learnt all that its configuration asks for: what `trainer.preflight.finished_result` says, but
-    without torch, whose import takes longer than a container that was told to end may have."""
+    """Whether a run has learnt all that its own configuration asks for."""
     run = RunDir(root)
     try:
-        config = config_from_run(run.config)
+        return finished_result(run, config_from_run(run.config)) is not None
     except ConfigError:  # nothing was begun
         return False
-    content = read_json(run.metrics)
-    classifier = asdict(config.classifier) if config.classifier.epochs else None
-    final = content.get("final")
-    complete = content.get("tasks") == len(config.data.tasks)
-    return complete and isinstance(final, dict) and final.get("classifier") == classifier
 
 
 def _adopt_orphans() -> None:
