@@ -11,6 +11,8 @@ import pytest
 from tests.store.conftest import BUCKET, Workplace, finish
 from tests.store.s3 import S3Server
 from trainer.errors import UserError
+from trainer.replay.events import read_events
+from trainer.run import RunDir
 from trainer.store import Missing, ObjectStore, Patience
 
 pytestmark = [pytest.mark.store, pytest.mark.timeout(900)]
@@ -152,8 +154,9 @@ def test_the_server_dies_and_returns_while_a_run_learns(
     said = [line for line in output.splitlines() if "trying again for up to" in line]
     assert said and "answers again" in output, output
     result = json.loads((run / "metrics.json").read_text())
-    assert result["cost"]["starved_seconds"] > 1
     assert result["replay"]["events"]["store_away"] >= 1
+    away = [event["seconds"] for event in read_events(RunDir(run)) if event["event"] == "store_away"]
+    assert max(away) > 5  # whether data or pool was waited for, which is a matter of chance here
 
 
 def test_a_server_that_stays_away_ends_the_run_which_then_goes_on(
