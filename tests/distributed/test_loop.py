@@ -81,7 +81,8 @@ def test_a_model_that_classifies_learns_the_same_under_every_stage(
     settings = [
         *("method.name=finetune", "model.conditional=false", f"model.classifier={classifier}"),
         *("model.classifier_dropout=0", "jdcl.classification_weight=0.1", "ema.decay=0"),
-        *("data.labelled=0.5", "jdcl.fixmatch_threshold=0.15"),
+        # Adam would make whole steps of the rounding in gradients near zero.
+        *("data.labelled=0.5", "jdcl.fixmatch_threshold=0.15", "optimizer.eps=1e-3"),
     ]
     stages = {"plain": ["zero.stage=0"], "sharded": ["zero.stage=3"], "cut": ["zero.stage=2", "train.micro_batch=2"]}
     weights: dict[str, dict[str, Tensor]] = {}
@@ -91,4 +92,4 @@ def test_a_model_that_classifies_learns_the_same_under_every_stage(
         weights[name] = load_file(tmp_path / name / "tasks" / "1" / "teacher" / "model.safetensors")
     for name in ("sharded", "cut"):
         for key, expected in weights["plain"].items():
-            torch.testing.assert_close(weights[name][key], expected, rtol=0, atol=1e-4, msg=f"{name}: {key}")
+            torch.testing.assert_close(weights[name][key], expected, rtol=0, atol=1e-5, msg=f"{name}: {key}")
