@@ -17,7 +17,7 @@ from crew import Crew
 from trainer.config import Retirement
 from trainer.data.cache import Cache
 from trainer.errors import UserError
-from trainer.replay import transport
+from trainer.replay import sidecar, transport
 from trainer.replay.manifest import Manifest, publications
 from trainer.replay.pool import discard
 from trainer.replay.transport import open_pool, pool_url
@@ -251,3 +251,14 @@ def test_a_sampler_that_is_told_to_stop_does_not_wait_for_the_store(
 
 def test_positions_and_shards_do_not_depend_on_the_place(stored: Any) -> None:
     assert "store" not in stored.request.sampler() and np.isfinite(stored.request.store_timeout)
+
+
+def test_a_full_pool_that_is_read_anew_is_left_as_it_is(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = stored.sampler()
+    request = sampler.current_request()
+    while (shard := sampler.next_shard(request)) is not None:
+        sampler.make_shard(request, shard)
+    before = objects(stored)
+    monkeypatch.setattr(sidecar, "REREAD_SECONDS", -1.0)
+    sampler._rest(request)
+    assert sampler.next_shard(request) is None and objects(stored) == before

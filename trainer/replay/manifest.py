@@ -64,6 +64,7 @@ class Manifest:
     def __init__(self, place: Path | Journal) -> None:
         """`place`: the pool's directory, or its journal wherever that lies."""
         self.journal = FileJournal(place / MANIFEST_NAME) if isinstance(place, Path) else place
+        self.journal.rewind()  # what somebody else has read of it is news here
         self._forget()
 
     @property

@@ -48,6 +48,10 @@ class Journal(Protocol):
         """
         ...
 
+    def rewind(self) -> None:
+        """Have the next `read` begin at the first line."""
+        ...
+
     def append(self, line: bytes) -> None:
         """Raises OSError of a disk, UserError of a store."""
         ...
@@ -129,6 +133,9 @@ class FileJournal:
         lines = complete.split(b"\n")
         self._last = lines[-1] + b"\n"
         return restarted, lines
+
+    def rewind(self) -> None:
+        self._offset, self._last, self._file = 0, b"", None
 
     def append(self, line: bytes) -> None:
         append_line(self.path, line)
@@ -215,6 +222,10 @@ class ObjectJournal:
         with self._lock:
             self._seen.update(new)
         return restarted, lines
+
+    def rewind(self) -> None:
+        with self._lock:
+            self._seen, self._own, self._listed = set(), [], -LISTED_EVERY
 
     def append(self, line: bytes) -> None:
         name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
