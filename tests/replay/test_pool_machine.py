@@ -96,8 +96,9 @@ def last_byte_of_an_array(data: bytearray, place: float) -> int:
     """Where a changed bit leaves a tar that can be read: only a checksum tells. Any byte where there is no tar."""
     with suppress(tarfile.TarError), tarfile.open(fileobj=io.BytesIO(data)) as tar:
         arrays = [member for member in tar if member.name.endswith("targets.npy")]
-        member = arrays[int(place * len(arrays))]
-        return member.offset_data + member.size - 1
+        if arrays:
+            member = arrays[int(place * len(arrays))]
+            return member.offset_data + member.size - 1
     return int(place * len(data))
 
 
@@ -174,7 +175,7 @@ class PoolMachine(RuleBasedStateMachine):
             path.write_bytes(others[0].read_bytes())
         elif how == "cut":
             path.write_bytes(data[: int(place * len(data))])
-        else:
+        elif data:  # else it was cut to nothing before
             data[last_byte_of_an_array(data, place)] ^= 4
             path.write_bytes(data)
 
