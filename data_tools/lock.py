@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import time
@@ -10,6 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainer.data.shards import try_lock
 from trainer.errors import UserError
 
 LOCK_NAME = ".lock"
@@ -36,15 +36,9 @@ def root_lock(root: Path, patience: float = PATIENCE) -> Generator[None, None, N
 def _acquire(descriptor: int, root: Path, patience: float) -> None:
     deadline = time.monotonic() + patience
     told = False
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"{root / LOCK_NAME}: another build holds it for {patience:.0f} s; key data.root"
-                ) from None
+    while not try_lock(descriptor):
+        if time.monotonic() >= deadline:
+            raise UserError(f"{root / LOCK_NAME}: another build holds it for {patience:.0f} s; key data.root")
         if not told:
             print(f"{root}: waiting for another build of this data set", file=sys.stderr, flush=True)
             told = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import socket
@@ -14,10 +13,10 @@ import yaml
 
 from data_tools.build import build, check_same
 from data_tools.spec import BuildSpec, default_root
-from trainer.config import Config, Source
+from trainer.config import Config, Placement, Source
 from trainer.data.dataset import TaskData
 from trainer.data.remote import FIRST_CONTACT, local_root, open_tasks
-from trainer.data.shards import DATASET_NAME, DatasetCard, read_card, write_atomic
+from trainer.data.shards import DATASET_NAME, DatasetCard, read_card, try_lock, write_atomic
 from trainer.disk import DiskNeed
 from trainer.errors import ConfigError, UserError
 from trainer.evaluation.features import check_weights
@@ -26,6 +25,7 @@ from trainer.models.teacher import CARD_NAME
 from trainer.models.teacher import read_card as read_teacher_card
 from trainer.replay.request import plan_request
 from trainer.replay.state import read_json, writer_lives
+from trainer.replay.transport import pools_url
 from trainer.run import RunDir
 from trainer.settings import as_plain, refused_changes, restore_config
 from trainer.steps import replay_steps
@@ -76,23 +76,14 @@ def lock_run(run: RunDir, patience: float = LOCK_SECONDS) -> None:
     except OSError as error:
         raise UserError(f"{run.root}: cannot be written ({error.strerror}); key run.dir") from None
     deadline = time.monotonic() + patience
-    while not _try_lock(descriptor):
+    while not try_lock(descriptor):
         if time.monotonic() >= deadline:
             holder = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "unknown"
             raise UserError(f"{run.root}: a live run holds this directory (process {holder}); key run.name")
         time.sleep(0.1)
     os.ftruncate(descriptor, 0)
-    os.write(
-        descriptor, f"{os.getpid()} on {socket.gethostname()}".encode()
-    )  # never closed: the lock lasts as long as the process
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    # Never closed: the lock lasts as long as the process.
+    os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
 
 
 def check_run(config: Config, run: RunDir) -> None:
@@ -223,10 +214,11 @@ def preflight(config: Config, run: RunDir) -> DatasetCard:
 
 def check_pool_store(config: Config, run: RunDir) -> None:
     """Write an object where the replay pools shall lie, and remove it. Raises UserError where the store refuses."""
-    if not config.needs_teacher or len(config.data.tasks) < 2 or not is_url(config.replay.store):
+    pooled = config.needs_teacher and config.replay.placement is not Placement.inline and len(config.data.tasks) > 1
+    if not pooled or not is_url(config.replay.store):
         return
     patience = Patience(min(FIRST_CONTACT, config.data.store_timeout), config.data.request_timeout)
-    store = ObjectStore(f"{config.replay.store.rstrip('/')}/{run.root.name}", patience)
+    store = ObjectStore(pools_url(config.replay.store, run), patience)
     store.write("written-on-trial", b"palimpsest")
     store.delete("written-on-trial")
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,10 +34,10 @@ from trainer.replay.devices import device_name
 from trainer.replay.graphs import fast_predict
 from trainer.replay.manifest import ShardLine, publications
 from trainer.replay.memory import is_out_of_memory
-from trainer.replay.request import ReplayRequest, plan_request, read_request
+from trainer.replay.request import ReplayRequest, plan_request
 from trainer.replay.state import read_json
 from trainer.replay.trajectory import sample_trajectories
-from trainer.replay.transport import Journal, open_pool
+from trainer.replay.transport import pool_of_task
 from trainer.run import RunDir
 from trainer.settings import config_from_run
 from trainer.steps import fresh_model, loads, micro_batches, replay_steps
@@ -246,11 +245,6 @@ def _on(run: RunDir, stretches: list[_Stretch], kind: str) -> list[_Stretch]:
     return [s for s in chosen if (s.device_name, s.ranks) == (chosen[-1].device_name, chosen[-1].ranks)]
 
 
-def _journal(run: RunDir, task: int) -> Path | Journal:
-    request = run.replay_request(task)
-    return open_pool(run, read_request(request)).journal if request.exists() else run.replay(task)
-
-
 def _shards(run: RunDir, tasks: int, kind: str) -> tuple[list[ShardLine], str]:
     """Shards whose making was timed on the kind of device that is wanted, and what device that was; without the first
     of each worker in each task, with which the teacher is compiled and its graphs are captured.
@@ -262,7 +256,7 @@ def _shards(run: RunDir, tasks: int, kind: str) -> tuple[list[ShardLine], str]:
     found: list[ShardLine] = []
     for task in range(2, tasks + 1):
         begun: set[int] = set()
-        for line in publications(_journal(run, task)):
+        for line in publications(pool_of_task(run, task).open_journal()):
             beats.setdefault(line.worker, read_json(run.sampler(line.worker)))
             if line.worker in begun and line.seconds > 0 and line.evaluations > 0:
                 found.append(line)

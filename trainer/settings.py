@@ -192,7 +192,7 @@ def refused_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def check(config: Config) -> None:
     """Refuse impossible values and combinations that do not depend on the machine."""
     for rule in (
-        *(_check_numbers, _check_data, _check_guidance, _check_penalty, _check_classifier),
+        *(_check_numbers, _check_cluster, _check_data, _check_guidance, _check_penalty, _check_classifier),
         *(_check_replay, _check_train),
     ):
         rule(config)
@@ -291,11 +291,6 @@ def _check_numbers(config: Config) -> None:
         "replay.low_watermark",
     ):
         _require(0 <= values[key] < 1, key, values[key], "must be in [0, 1)")
-    timeout = values["cluster.timeout"]
-    why = f"must be at least {SHORTEST_TIMEOUT:.0f} s: hosts start, import and compile at their own pace"
-    _require(timeout >= SHORTEST_TIMEOUT, "cluster.timeout", timeout, why)
-    why = f"must not be above {LONGEST_TIMEOUT:.0f} s, a day"
-    _require(timeout <= LONGEST_TIMEOUT, "cluster.timeout", timeout, why)
     for key in ("data.labelled", "jdcl.weak_crop", "jdcl.fixmatch_threshold"):
         _require(0 < values[key] <= 1, key, values[key], "must be in (0, 1]")
     _require(
@@ -311,6 +306,14 @@ def _check_numbers(config: Config) -> None:
         _require(values[key] <= config.diffusion.timesteps, key, values[key], "more than diffusion.timesteps")
     betas = config.diffusion.beta_start, config.diffusion.beta_end
     _require(0 < betas[0] <= betas[1] < 1, "diffusion.beta_end", betas[1], "needs 0 < beta_start <= beta_end < 1")
+
+
+def _check_cluster(config: Config) -> None:
+    timeout = config.cluster.timeout
+    why = f"must be at least {SHORTEST_TIMEOUT:.0f} s: hosts start, import and compile at their own pace"
+    _require(timeout >= SHORTEST_TIMEOUT, "cluster.timeout", timeout, why)
+    why = f"must not be above {LONGEST_TIMEOUT:.0f} s, a day"
+    _require(timeout <= LONGEST_TIMEOUT, "cluster.timeout", timeout, why)
 
 
 def _check_data(config: Config) -> None:

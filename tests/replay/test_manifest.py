@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.data.shards import append_line
 from trainer.errors import UserError
 from trainer.replay.decode import shard_name
-from trainer.replay.manifest import MANIFEST_SCHEMA, Manifest, ShardLine, append_sealed, new_id, seal, unseal
+from trainer.replay.manifest import MANIFEST_SCHEMA, Manifest, ShardLine, new_id, seal, unseal
 
 
 def shard_line(shard: int, id: str = "", **changes: Any) -> ShardLine:
@@ -145,10 +146,10 @@ def test_a_file_that_is_not_the_one_that_was_read_is_read_from_its_start(tmp_pat
 )
 def test_a_line_that_is_whole_but_nonsense_counts_as_never_written(tmp_path: Path, changes: dict[str, Any]) -> None:
     manifest = Manifest(tmp_path)
-    append_sealed(manifest.path, vars(shard_line(0)) | changes)
+    append_line(manifest.path, seal(vars(shard_line(0)) | changes))
     content = vars(shard_line(1))
     del content["crc32"]
-    append_sealed(manifest.path, content)
+    append_line(manifest.path, seal(content))
     manifest.publish(shard_line(5))
     assert manifest.refresh() and manifest.shards.keys() == {5}
 
@@ -158,7 +159,7 @@ def test_a_line_of_another_schema_is_named_but_not_a_damaged_one(tmp_path: Path)
     old = json.dumps(vars(shard_line(0)) | {"schema": 1}).encode()
     manifest.path.write_bytes(old + b"\n")
     assert not view(tmp_path).shards  # it has no checksum
-    append_sealed(manifest.path, vars(shard_line(0)) | {"schema": 3})
+    append_line(manifest.path, seal(vars(shard_line(0)) | {"schema": 3}))
     with pytest.raises(UserError, match=rf"{manifest.path}: schema 3, this program reads {MANIFEST_SCHEMA}"):
         view(tmp_path)
 

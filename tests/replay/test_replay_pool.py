@@ -16,12 +16,13 @@ import torch
 import webdataset
 
 from trainer.config import Points
+from trainer.data.shards import append_line
 from trainer.errors import UserError
 from trainer.replay import lock, sidecar
 from trainer.replay.decode import Corrupt, DecodedShard, decode, shard_name
 from trainer.replay.events import count_events
 from trainer.replay.lock import refuse, worker_lock
-from trainer.replay.manifest import Manifest, append_sealed, seal, unseal
+from trainer.replay.manifest import Manifest, seal, unseal
 from trainer.replay.pool import discard
 from trainer.replay.state import read_json, write_json
 from trainer.replay.told import Told
@@ -216,9 +217,9 @@ def test_a_line_that_does_not_fit_is_an_error_and_the_next_one_stands_alone(
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
     with pytest.raises(OSError, match="No space"):
-        append_sealed(path, {"event": "retired", "shard": 1})
+        append_line(path, seal({"event": "retired", "shard": 1}))
     monkeypatch.undo()
-    append_sealed(path, {"event": "retired", "shard": 2})
+    append_line(path, seal({"event": "retired", "shard": 2}))
     assert [json.loads(line)["shard"] for line in path.read_text().split("\n")[1:] if line] == [2]
 
 

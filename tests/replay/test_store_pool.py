@@ -64,7 +64,7 @@ def shards(workplace: Any) -> dict[str, bytes]:
 
 
 def manifest(workplace: Any) -> Manifest:
-    view = Manifest(open_pool(workplace.run, workplace.request).journal)
+    view = Manifest(open_pool(workplace.run, workplace.request).open_journal())
     view.refresh()
     return view
 
@@ -154,7 +154,7 @@ def test_a_torn_or_foreign_line_counts_as_never_written(stored: Any) -> None:
 
 def test_only_what_is_new_is_read(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stored.fill(3)
-    journal = open_pool(stored.run, stored.request).journal
+    journal = open_pool(stored.run, stored.request).open_journal()
     read: list[str] = []
     own = journal._store.read
     monkeypatch.setattr(journal._store, "read", lambda name: read.append(name) or own(name))
@@ -171,7 +171,7 @@ def test_the_pool_of_a_learnt_task_goes_and_its_record_stays(stored: Any) -> Non
     assert len(shards(stored)) == made
     discard(stored.run, 2, Retirement.delete)
     assert not shards(stored) and not manifest(stored).shards
-    assert len(publications(open_pool(stored.run, stored.request).journal)) == made
+    assert len(publications(open_pool(stored.run, stored.request).open_journal())) == made
 
 
 def test_backpressure(make_workplace: Callable[..., Any], stored: Any) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.data.shards import try_lock
 from trainer.errors import UserError
 from trainer.seeds import hash_key
 
@@ -199,20 +200,12 @@ class Cache:
         deadline = time.monotonic() + self.patience
         descriptor = os.open(self._locks / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            while not (held := _try_lock(descriptor)) and wait:
+            while not (held := try_lock(descriptor)) and wait:
                 if time.monotonic() >= deadline or self._pause(POLL_SECONDS):
                     raise UserError(f"{self._locks / name}: another process has been fetching for too long; {KEYS}")
             yield held
         finally:
             os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _unlink_unused(path: Path) -> bool:
@@ -222,7 +215,7 @@ def _unlink_unused(path: Path) -> bool:
     except FileNotFoundError:
         return True
     try:
-        if not _try_lock(descriptor):
+        if not try_lock(descriptor):
             return False
         path.unlink(missing_ok=True)
         return True

@@ -8,6 +8,7 @@ The image of a sample is one member: `png`, `jpg`, `webp`, or `npy` (raw uint8, 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -118,6 +119,15 @@ def drop_stale(directory: Path) -> None:
     """List a directory: network file systems go on telling that a file is missing until somebody does."""
     with suppress(OSError):
         list(directory.iterdir())
+
+
+def try_lock(descriptor: int) -> bool:
+    """Take a file's exclusive lock, which ends with the descriptor; whether nobody else holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def fsync_directory(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from trainer import errors
-from trainer.data.shards import FULL_DISK
+from trainer.data.shards import FULL_DISK, try_lock
 from trainer.errors import UserError
 from trainer.replay.told import Told
 
@@ -75,9 +74,7 @@ def _try(path: Path) -> IO[str] | str:
         if error.errno not in FULL_DISK:
             raise
         return os.strerror(error.errno)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(file.fileno()):
         file.close()
         return "another sampler of this number serves the run directory"
     return file

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from trainer.data.shards import append_line
 from trainer.errors import UserError
 from trainer.replay.decode import shard_name
 from trainer.replay.transport import MANIFEST_NAME, FileJournal, Journal
@@ -63,8 +62,7 @@ class Manifest:
 
     def __init__(self, place: Path | Journal) -> None:
         """`place`: the pool's directory, or its journal wherever that lies."""
-        self.journal = FileJournal(place / MANIFEST_NAME) if isinstance(place, Path) else place
-        self.journal.rewind()  # what somebody else has read of it is news here
+        self.journal = _journal(place)
         self._forget()
 
     @property
@@ -142,8 +140,7 @@ class Manifest:
 
 def publications(place: Path | Journal) -> list[ShardLine]:
     """Every shard that was published in a pool, in that order, with those taken back since; [] without a manifest."""
-    journal = FileJournal(place / MANIFEST_NAME) if isinstance(place, Path) else place
-    contents = [content for content in map(unseal, journal.read()[1]) if content is not None]
+    contents = [content for content in map(unseal, _journal(place).read()[1]) if content is not None]
     entries = [_entry(content) for content in contents if "event" not in content]
     return [entry for entry in entries if entry is not None and entry.schema == MANIFEST_SCHEMA]
 
@@ -169,9 +166,8 @@ def unseal(line: bytes) -> dict[str, Any] | None:
     return content if intact else None
 
 
-def append_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Append one sealed line. Raises OSError as `append_line` does."""
-    append_line(path, seal(content))
+def _journal(place: Path | Journal) -> Journal:
+    return FileJournal(place / MANIFEST_NAME) if isinstance(place, Path) else place
 
 
 def _entry(content: dict[str, Any]) -> ShardLine | None:

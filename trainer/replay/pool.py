@@ -18,10 +18,10 @@ from trainer.data.shards import Sample, ShardEntry, encode_shard
 from trainer.errors import UserError
 from trainer.replay.decode import Float16, npy_header, shard_name, trajectory_key
 from trainer.replay.manifest import Manifest, ShardLine, new_id
-from trainer.replay.request import REQUEST_SCHEMA, ReplayRequest, read_request
+from trainer.replay.request import REQUEST_SCHEMA, ReplayRequest
 from trainer.replay.state import write_json
 from trainer.replay.trajectory import TrajectoryBatch
-from trainer.replay.transport import FilePool, Transport, open_pool
+from trainer.replay.transport import Transport, pool_of_task
 from trainer.run import RunDir
 
 NEVER = 1 << 62  # no pool has a shard of this number
@@ -102,9 +102,8 @@ def discard(run: RunDir, task: int, retirement: Retirement = Retirement.delete) 
     write_json(run.replay_progress(task), {"released": NEVER, "kept": [0, 0], "used": NEVER})
     if retirement is Retirement.keep:
         return
-    request = run.replay_request(task)
-    pool = open_pool(run, read_request(request)) if request.exists() else FilePool(run.replay(task))
-    manifest = Manifest(pool.journal)
+    pool = pool_of_task(run, task)
+    manifest = Manifest(pool.open_journal())
     manifest.refresh()
     for shard, line in sorted(manifest.shards.items()):
         pool.delete(shard)

@@ -64,7 +64,7 @@ class Pool:
 
         Lines that were damaged after they had been read count here, as they do not for a trainer that is started now.
         """
-        self.manifest = Manifest(self.transport.journal)
+        self.manifest = Manifest(self.transport.open_journal())
         self.manifest.refresh()
         self.opened = time.monotonic()
         self._tidy()

@@ -20,7 +20,7 @@ from typing import Protocol
 from trainer.data.cache import Cache, Wanted
 from trainer.data.shards import append_line, drop_stale, read_regular, write_atomic
 from trainer.replay.decode import Corrupt, shard_name
-from trainer.replay.request import ReplayRequest
+from trainer.replay.request import ReplayRequest, read_request
 from trainer.run import RunDir
 from trainer.store import Damaged, Missing, ObjectStore, Outage, Patience, Pause
 
@@ -48,10 +48,6 @@ class Journal(Protocol):
         """
         ...
 
-    def rewind(self) -> None:
-        """Have the next `read` begin at the first line."""
-        ...
-
     def append(self, line: bytes) -> None:
         """Raises OSError of a disk, UserError of a store."""
         ...
@@ -60,8 +56,9 @@ class Journal(Protocol):
 class Transport(Protocol):
     """The shards of one pool by their numbers. Errors are those of `Journal`."""
 
-    @property
-    def journal(self) -> Journal: ...
+    def open_journal(self) -> Journal:
+        """For one reader, who begins at the first line."""
+        ...
 
     @property
     def away(self) -> bool:
@@ -134,9 +131,6 @@ class FileJournal:
         self._last = lines[-1] + b"\n"
         return restarted, lines
 
-    def rewind(self) -> None:
-        self._offset, self._last, self._file = 0, b"", None
-
     def append(self, line: bytes) -> None:
         append_line(self.path, line)
 
@@ -153,7 +147,9 @@ class FilePool:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.journal = FileJournal(directory / MANIFEST_NAME)
+
+    def open_journal(self) -> FileJournal:
+        return FileJournal(self.directory / MANIFEST_NAME)
 
     def path(self, shard: int) -> Path:
         return self.directory / shard_name(shard)
@@ -223,10 +219,6 @@ class ObjectJournal:
             self._seen.update(new)
         return restarted, lines
 
-    def rewind(self) -> None:
-        with self._lock:
-            self._seen, self._own, self._listed = set(), [], -LISTED_EVERY
-
     def append(self, line: bytes) -> None:
         name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
         self._store.write(f"{JOURNAL}/{name}", line)
@@ -241,7 +233,9 @@ class StorePool:
     def __init__(self, store: ObjectStore, stop: threading.Event, cache: Cache | None = None) -> None:
         """`stop` is what the cache's waits heed."""
         self._store, self._stop, self._cache = store, stop, cache
-        self.journal = ObjectJournal(store)
+
+    def open_journal(self) -> ObjectJournal:
+        return ObjectJournal(self._store)
 
     @property
     def away(self) -> bool:
@@ -283,9 +277,14 @@ class StorePool:
         self._store.interrupt()
 
 
+def pools_url(store: str, run: RunDir) -> str:
+    """The place of a run's pools in a store."""
+    return f"{store.rstrip('/')}/{run.root.name}"
+
+
 def pool_url(request: ReplayRequest, run: RunDir) -> str:
     """The place of a task's pool in a store: another for each run, task and teacher."""
-    return f"{request.store.rstrip('/')}/{run.root.name}/task-{request.task:02d}-{request.teacher_id[:12]}"
+    return f"{pools_url(request.store, run)}/task-{request.task:02d}-{request.teacher_id[:12]}"
 
 
 def open_pool(
@@ -302,6 +301,12 @@ def open_pool(
     patience, stop = Patience(request.store_timeout, request.request_timeout), threading.Event()
     store = ObjectStore(pool_url(request, run), patience, pause=pause, outage=outage)
     return StorePool(store, stop, cache(stop.wait) if cache else None)
+
+
+def pool_of_task(run: RunDir, task: int) -> Transport:
+    """The pool that a task had, where its request says; without one, what files there are."""
+    request = run.replay_request(task)
+    return open_pool(run, read_request(request)) if request.exists() else FilePool(run.replay(task))
 
 
 def read_offered(path: Path, size: int) -> bytes:

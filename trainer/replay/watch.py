@@ -28,7 +28,7 @@ class PoolWatch:
     ) -> None:
         self.run, self.request, self.notice = run, request, notice
         self.pool = open_pool(run, request, outage=outage)
-        self.manifest = Manifest(self.pool.journal)
+        self.manifest = Manifest(self.pool.open_journal())
         self.events = EventLog(run, "trainer")
         self._outages: list[float] = []  # seconds of those that have ended, until they are written down
         if outage is not None:
