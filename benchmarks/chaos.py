@@ -54,7 +54,7 @@ SHORT = {
     "tracking.progress": "false",
 }
 CLEANUP_SECONDS = 5.0
-SHORTEST_HANG = 8.0  # a sampler gives no sign of life while it starts
+SHORTEST_HANG = 8.0  # seconds; no one step of a sampler, nor a module that it imports, takes as long
 SHORTEST_PAUSE = 0.4  # seconds between two faults
 ROOM = 64 << 20  # bytes on the small disk beside three times what the twin has left: replay pools, logs
 

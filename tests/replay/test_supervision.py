@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,25 @@ for number in range(100000):
     if number in (0, 60):
         print("sign", number, flush=True)
     time.sleep(0.05)
+"""
+
+
+# Spends 5 seconds on importing modules that take a quarter of a second each.
+STARTING = """
+import importlib, sys
+from trainer.replay.child import imports_are_progress, signs_of_life
+sys.path.insert(0, {directory!r})
+before = list(sys.meta_path)
+with imports_are_progress(signs_of_life()):
+    for number in range(20):
+        importlib.import_module(f"slow_{{number}}")
+print("imported", before == sys.meta_path, flush=True)
+while True:
+    importlib.invalidate_caches()
+    try:
+        import nothing_of_this_name
+    except ImportError:
+        pass
 """
 
 
@@ -83,6 +103,20 @@ def test_a_stopped_child_is_killed_and_started_again(
     assert [event["event"] for event in events] == ["sampler_hung", "sampler_restart"]
     assert events[0]["pid"] == first and events[0]["worker"] == 0 and events[1]["code"] == -signal.SIGKILL
     assert process_alive(one.child.pid) and not one.given_up
+
+
+def test_a_child_that_still_imports_does_not_hang(
+    workplace: Any, supervise: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for number in range(20):
+        (tmp_path / f"slow_{number}.py").write_text("import time; time.sleep(0.25)")
+    as_child(monkeypatch, STARTING.format(directory=str(tmp_path)))
+    one = supervise(hang_timeout=2.5)
+    until(lambda: one.log.exists() and "imported" in one.log.read_text())
+    assert one.log.read_text() == "imported True\n" and not one.restarted
+    first = one.child.pid
+    until(lambda: one.restarted)  # what is imported later is no sign of life
+    assert not process_alive(first)
 
 
 def test_a_child_that_never_gives_a_sign_is_given_up(
@@ -142,8 +176,6 @@ def test_a_sign_that_nobody_hears_is_no_error(monkeypatch: pytest.MonkeyPatch) -
 def test_a_log_that_finds_no_room_is_done_without(
     workplace: Any, supervise: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pathlib import Path
-
     opened = Path.open
 
     def refuse_log(self: Path, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 from trainer.lifeline import die_with_parent
 
@@ -41,3 +44,26 @@ def signs_of_life() -> Callable[[], None]:
             return
 
     return sign
+
+
+@contextmanager
+def imports_are_progress(sign: Callable[[], None]) -> Generator[None, None, None]:
+    """Inside, `sign` is called for each module that is looked for: torch and diffusers take seconds on an idle
+    machine, minutes on a starved one or from a slow disk, which must not pass for a hang."""
+    finder = _Progress(sign)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _Progress:
+    """An import hook that finds nothing."""
+
+    def __init__(self, sign: Callable[[], None]) -> None:
+        self._sign = sign
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        self._sign()
+        return None

@@ -14,7 +14,7 @@ from trainer.cli import USER_ERROR, Parser, positive
 from trainer.compile_cache import use_compile_cache
 from trainer.config import ReplayConfig
 from trainer.errors import UserError
-from trainer.replay.child import bind_to_parent, signs_of_life
+from trainer.replay.child import bind_to_parent, imports_are_progress, signs_of_life
 from trainer.replay.lock import refuse, worker_lock
 from trainer.replay.supervisor import Supervisor
 from trainer.replay.told import Told
@@ -90,7 +90,8 @@ def sampler_main(arguments: list[str]) -> NoReturn:
     options = _parse(parser, arguments)
     use_compile_cache(RunDir(options.run), "")
 
-    from trainer.replay.sidecar import serve  # torch and diffusers: seconds
+    with imports_are_progress(alive):
+        from trainer.replay.sidecar import serve
 
     serve(
         RunDir(options.run),
