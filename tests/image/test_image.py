@@ -48,9 +48,9 @@ def image() -> Built:
 
 @pytest.fixture(scope="module")
 def settings(image: Built) -> dict[str, Any]:
-    """The image's configuration."""
+    """The image's configuration, its health check included; without where podman keeps its layers."""
     (found,) = json.loads(podman("image", "inspect", image.tag).stdout)
-    return found
+    return {"Healthcheck": found.get("Healthcheck"), **found["Config"]}
 
 
 class Container:
@@ -112,7 +112,7 @@ def test_nothing_of_this_machine_stays_in_the_image(image: Built, settings: dict
 
 
 def test_the_user_is_not_root_and_cannot_change_the_program(image: Built, settings: dict[str, Any]) -> None:
-    assert settings["Config"]["User"] == f"{USER}:{USER}"
+    assert settings["User"] == f"{USER}:{USER}"
     looks = "id -u; for path in trainer launch /opt/venv; do test ! -w $path || echo $path; done; command -v gcc"
     said = podman("run", "--rm", "--network=none", "--entrypoint=sh", image.tag, "-c", looks).stdout.split()
     assert said == [str(USER), "/usr/bin/gcc"]
@@ -121,7 +121,7 @@ def test_the_user_is_not_root_and_cannot_change_the_program(image: Built, settin
 
 
 def test_the_job_runs_is_stopped_and_goes_on(image: Built, settings: dict[str, Any], place: Path) -> None:
-    check = settings["Config"]["Healthcheck"]["Test"]
+    check = settings["Healthcheck"]["Test"]
     run = RunDir(place / "runs" / "demo")
     first = Container("palimpsest-first", place, *JOB, *SHORT)
     code, why = first.check(check)
