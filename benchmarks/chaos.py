@@ -54,7 +54,7 @@ SHORT = {
     "tracking.progress": "false",
 }
 CLEANUP_SECONDS = 5.0
-SHORTEST_HANG = 8.0  # seconds; no one step of a sampler, nor a module that it imports, takes as long
+SHORTEST_HANG = 8.0  # seconds; signs of life are an evaluation of the model, or a module imported, apart
 SHORTEST_PAUSE = 0.4  # seconds between two faults
 ROOM = 64 << 20  # bytes on the small disk beside three times what the twin has left: replay pools, logs
 

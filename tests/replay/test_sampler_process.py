@@ -25,7 +25,7 @@ from trainer.replay.sidecar import Sampler
 from trainer.replay.state import process_alive, process_started, read_json, write_state
 from trainer.replay.supervisor import PACKAGE_ROOT, Supervisor, child_environment
 
-SECONDS = 150.0  # a machine under load starts Python slowly
+SECONDS = 60.0  # a machine under load starts Python slowly
 
 
 def until(condition: Callable[[], Any], seconds: float = SECONDS) -> None:
