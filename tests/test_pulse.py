@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
@@ -69,20 +70,9 @@ class Late:
 
 def together(work: Callable[[int], None], size: int) -> list[BaseException | None]:
     """Run `work(rank)` in as many threads; what each raised."""
-    raised: list[BaseException | None] = [None] * size
-
-    def run(rank: int) -> None:
-        try:
-            work(rank)
-        except Exception as error:  # noqa: BLE001 - handed to the test
-            raised[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return raised
+    with ThreadPoolExecutor(size) as threads:
+        working = [threads.submit(work, rank) for rank in range(size)]
+        return [thread.exception(30) for thread in working]
 
 
 def nothing() -> None:

@@ -33,7 +33,8 @@ class TwoHosts:
         self.directory = directory.resolve()
         self._tag = f"pal{os.getpid()}x{id(self) % 9973}"
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        try:
+        with contextlib.ExitStack() as unfinished:
+            unfinished.callback(self.close)
             self._keys()
             self._run("ip", "netns", "add", self._switch)
             self._run("ip", "-n", self._switch, "link", "add", "br0", "type", "bridge")
@@ -42,9 +43,7 @@ class TwoHosts:
                 self._network(host)
                 self._start(host)
             self._wait()
-        except BaseException:
-            self.close()
-            raise
+            unfinished.pop_all()
 
     def command(self, host: str, words: str) -> list[str]:
         """What runs a shell command on a host, over ssh from that same host."""

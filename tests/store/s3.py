@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -40,7 +41,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-class S3Server:
+class S3Server(ABC):
     """A server that can be killed and started again with what it held; its keys are made up for it."""
 
     def __init__(self, directory: Path) -> None:
@@ -52,8 +53,9 @@ class S3Server:
         directory.mkdir(parents=True, exist_ok=True)
 
     @property
+    @abstractmethod
     def name(self) -> str:
-        raise NotImplementedError
+        """Which server this is."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -70,8 +72,9 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    @abstractmethod
     def start(self) -> None:
-        raise NotImplementedError
+        """Bring the server up, with what it held."""
 
     def kill(self) -> None:
         """As if its machine had lost power, for those who ask it."""
