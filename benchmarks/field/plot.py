@@ -88,7 +88,8 @@ def _likelihood(figure: Figure, content: Content) -> None:
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """Of a logarithmic axis: 1, 2, 5, 10, ..."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    """Of a logarithmic axis: 1, 2, 5, 10, ..., or powers of ten alone where the labels would run into each other."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
