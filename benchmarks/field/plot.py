@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+
+from trainer.report.drawing import plain_log
 
 Content = Mapping[str, Any]
 TITLES = {
@@ -50,7 +50,7 @@ def _row_axes(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     axes.grid(axis="x", alpha=0.3)
     if key in ("fd", "kld") and min(min(row["values"][key]["by_seed"].values()) for row in rows) > 0:
         axes.set_xscale("log")  # they span orders of magnitude
-        _plain_ticks(axes.xaxis)
+        plain_log(axes.xaxis, *axes.get_xlim())
     axes.set_title(TITLES[key])
 
 
@@ -65,7 +65,7 @@ def _timesteps(figure: Figure, content: Content) -> None:
     left.axhline(1.0, color="grey", linewidth=1)
     right.axhline(0.0, color="grey", linewidth=1)
     left.set_yscale("log")
-    _plain_ticks(left.yaxis)
+    plain_log(left.yaxis, *left.get_ylim())
     left.set_title("loss of earlier tasks at the end / when learnt")
     right.set_title("the same as a difference")
     for axes in (left, right):
@@ -81,15 +81,7 @@ def _likelihood(figure: Figure, content: Content) -> None:
         bits, distances = (list(values[key]["by_seed"].values()) for key in ("bpd", "fd"))
         axes.plot(bits, distances, "o", color=f"C{number}", label=row["row"].replace("_", " "))
     axes.set_yscale("log")
-    _plain_ticks(axes.yaxis)
+    plain_log(axes.yaxis, *axes.get_ylim())
     axes.set_xlabel("bits per dimension, mean over all tasks: less is better")
     axes.set_ylabel("FD: less is better")
     axes.legend()
-
-
-def _plain_ticks(axis: Axis) -> None:
-    """Of a logarithmic axis: 1, 2, 5, 10, ..., or powers of ten alone where the labels would run into each other."""
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_locator(NullLocator())

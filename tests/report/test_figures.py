@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from tests.report.conftest import MakeRun, log_lines
-from trainer.report.drawing import ANNOTATED, Drawn, colour_map, colour_norm
+from trainer.report.drawing import ANNOTATED, Drawn, colour_map, colour_norm, plain_log
 from trainer.report.figures import course_figures, due_shares, forgetting_figure, matrix_figures
 from trainer.report.measures import BY_KEY, as_array, digits
 from trainer.report.representation import probe_figure
@@ -194,3 +195,17 @@ def test_a_loss_that_is_the_current_tasks_alone_is_drawn_once() -> None:
 
 def test_waits_without_a_rate_are_unknown() -> None:
     assert np.isnan(logged([{"task": 1, "seen": 4, "replay_wait_seconds": 1.0}], "replay_wait_share")).all()
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(2.4, 12.0), (1.1, 3.9), (100.0, 110.0), (0.03, 0.9), (0.006, 4.2), (1.0, 1e7)]
+)
+def test_a_label_of_a_log_scale_says_where_it_stands(low: float, high: float) -> None:
+    axes = Figure().subplots()
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    plain_log(axes.yaxis, low, high)
+    places = [float(place) for place in axes.get_yticks() if low <= place <= high]
+    assert len(places) >= 2
+    labels = axes.yaxis.get_major_formatter().format_ticks(places)
+    assert [float(label.replace(",", "")) for label in labels] == pytest.approx(places, rel=1e-9)

@@ -23,7 +23,7 @@ ANNOTATED = 12  # more rows or columns than this and a heat map's cells are too 
 DPI = 150
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c564b")  # Okabe and Ito
 BEFORE, LEARNT, END, FLOOR = "#888888", "#0072b2", "#d55e00", "#555555"
-PLAIN = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:.3g}")  # 60, not 6 x 10^1
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")  # 60, not 6 x 10^1; 7.5, not 8
 
 
 @dataclass(frozen=True)
