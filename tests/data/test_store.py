@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -77,14 +78,28 @@ def test_what_passes_is_tried_again_and_said_only_when_it_lasts(faults: Callable
     assert system.asked == 3 and not told
 
 
-def test_a_store_that_stays_away_ends_in_time_with_one_line(faults: Callable[..., Faulty]) -> None:
+@pytest.mark.parametrize("jitter", [0.5, 1.0])
+def test_a_store_that_stays_away_ends_in_time_with_one_line(
+    faults: Callable[..., Faulty], monkeypatch: pytest.MonkeyPatch, jitter: float
+) -> None:
     told: list[str] = []
-    faults(*[OSError("connection refused")] * 1000)
-    store = ObjectStore("memory://bucket", Patience(1.5, 1.0), outage=Outage(told.append))
-    began = time.monotonic()
-    with pytest.raises(UserError, match=r"^memory://bucket/one: .*connection refused.*data.store_timeout=1.5"):
+    pauses: list[float] = []
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: sum(pauses)))
+    monkeypatch.setattr(module, "random", SimpleNamespace(uniform=lambda low, high: jitter))
+
+    def pause(seconds: float) -> bool:
+        pauses.append(seconds)
+        return False
+
+    system = faults(*[OSError("connection refused")] * 1000)
+    store = ObjectStore("memory://bucket", Patience(60.0, 1.0), pause=pause, outage=Outage(told.append))
+    with pytest.raises(
+        UserError, match=r"^memory://bucket/one: .*for 60 seconds.*connection refused.*store_timeout=60"
+    ):
         store.read("one")
-    assert 1.5 <= time.monotonic() - began < 4
+    doubling = [jitter * min(0.2 * 2**number, 10.0) for number in range(len(pauses) - 1)]
+    assert pauses[:-1] == pytest.approx(doubling) and sum(pauses) == pytest.approx(60.0)
+    assert system.asked == len(pauses) + 1  # the last time at the limit itself
     assert len(told) == 1 and "trying again" in told[0] and store.outage.now
 
 
