@@ -2,7 +2,7 @@
 
 A pod is a process with process ids of its own on one of the hosts: the manifest's command is process 1 of it, as in a
 container. What a cluster brings is replaced: mount paths by directories, the service's name by a line in /etc/hosts,
-GPUs by one CPU rank in each pod, and the data set by the digits.
+GPUs by one CPU rank in each pod, the data set by the digits, and the recipe's sizes by those of SETTINGS.
 """
 
 from __future__ import annotations
@@ -89,6 +89,10 @@ class Pods:
             "--threads=4": "--threads=1",
             "/tmp": str(self.place / "tmp"),
         }
+        key = word.partition("=")[0]
+        section, _, name = key.partition(".")
+        if name in SETTINGS.get(section, {}):
+            return f"{key}={SETTINGS[section][name]}"
         return exchanged.get(word, word)
 
     def end(self) -> dict[str, int]:
