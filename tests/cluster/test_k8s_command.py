@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ import yaml
 from tests.cluster.hosts import ADDRESSES, TwoHosts, lacking, two_hosts
 from tests.cluster.manifests import SIDECAR, TRAINER, Job, named
 from trainer.container import UNFINISHED
+from trainer.position import checkpoints
 from trainer.run import RunDir
 from trainer.tracking.log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 900  # for any step of the test, on a machine that is busy
-STEPS = 40  # of each task
+STEPS = 120  # of each task; quick machines, too, must have some left once the pod is told to end
 TASKS = [[0, 1], [2, 3]]
 SETTINGS: dict[str, Any] = {
     "data": {"name": "digits", "source": "digits", "classes": 10, "image_size": 8, "channels": 1, "tasks": TASKS},
@@ -129,30 +130,30 @@ def pods(tmp_path: Path) -> Generator[Pods, None, None]:
         yield Pods(hosts, tmp_path)
 
 
-def wait_until(pods: Pods, path: Path) -> None:
+def wait_until(pods: Pods, happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + SECONDS
-    while not path.exists():
+    while not happened():
         ended = [name for name, process in pods.running.items() if process.poll() is not None]
         assert not ended, f"{ended}: {pods.said(ended[0])[-3000:]}"
-        assert time.monotonic() < deadline, f"{path} never came: {pods.said(f'{TRAINER.name}-0')[-3000:]}"
+        assert time.monotonic() < deadline, f"it did not happen: {pods.said(f'{TRAINER.name}-0')[-3000:]}"
         time.sleep(0.2)
 
 
 def test_pods_train_are_terminated_resume_and_finish(pods: Pods) -> None:
     run = RunDir(pods.place / "runs" / "imagenet100")
     pods.start(1)
-    wait_until(pods, run.checkpoints(2) / "step-00000004")
+    wait_until(pods, lambda: bool(checkpoints(run, 2)) and run.sampler(0).exists())
     for host, job in (("node1", TRAINER), ("node2", TRAINER), ("node2", SIDECAR)):
         for kind in ("startupProbe", "livenessProbe"):
             pods.hosts.run(host, f"cd {ROOT} && {shlex.join(pods.probe(job, 0, kind))}")  # raises where it is not 0
-
+    wait_until(pods, lambda: next(iter(checkpoints(run, 2)), (0, 0)) >= (2, 4))
     pods.hosts.run("node2", f"kill -TERM {pods.first_process('node2', 'launch/train.py')}")
     codes = pods.end()
+    assert not run.metrics.exists(), "too late: the run had ended"
     told = pods.said(f"{TRAINER.name}-0")
     assert "stopped and saved in task 2 after" in told, told[-3000:]
     # That of pod 0, too, whose ranks ended well although nobody had told them to stop: it must be started again.
     assert set(codes.values()) == {UNFINISHED}, codes
-    assert not run.metrics.exists()
 
     pods.start(2)
     codes = pods.end()
