@@ -6,12 +6,16 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from trainer import world
 from trainer.errors import UserError
-from trainer.world import interface_towards, split_ranks
+from trainer.world import claim_place, interface_towards, split_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,3 +104,59 @@ def test_a_process_without_launcher_is_a_world_of_one() -> None:
     assert [run.returncode for run in runs] == [0, 2]
     assert runs[0].stdout.splitlines() == ["0 1 True 1"]
     assert runs[0].stderr == ""
+
+
+def listening(port: int = 0) -> dist.TCPStore:
+    """As a job's main rank does; at any port that is free."""
+    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+
+
+@pytest.fixture
+def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Those of rank 1."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    return monkeypatch
+
+
+def test_each_rank_has_one_place_in_a_job(environ: pytest.MonkeyPatch) -> None:
+    environ.setattr(world, "CLAIM_SECONDS", 0.1)
+    job = listening()
+    environ.setenv("MASTER_PORT", str(job.port))
+    claim_place(20)
+    with pytest.raises(UserError, match=rf"^127\.0\.0\.1:{job.port}: another program has this port"):
+        claim_place(20)
+    environ.setenv("RANK", "2")
+    claim_place(20)
+    environ.setenv("RANK", "0")  # it listens itself
+    claim_place(20)
+
+
+def test_a_job_that_ends_makes_room(environ: pytest.MonkeyPatch) -> None:
+    job = listening()
+    environ.setenv("MASTER_PORT", str(job.port))
+    claim_place(20)
+    waiting = threading.Thread(target=claim_place, args=(20,))
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive(), "the place is taken"
+    port = job.port
+    del job
+    following = listening(port)
+    waiting.join(20)
+    assert not waiting.is_alive() and following.check(["palimpsest/rank-1"])
+
+
+def test_a_port_that_is_taken_is_one_line() -> None:
+    program = (
+        "from trainer.cli import run_main; from trainer.world import join_world; run_main(lambda _: join_world(0, 1))"
+    )
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environ = os.environ | place | {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+        run = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.splitlines()[-1].startswith(f"error: 127.0.0.1:{port}: another program has this port"), run.stderr

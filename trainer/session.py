@@ -65,7 +65,7 @@ def train(config: Config) -> int:
         return 0
     try:
         world = join_world(teachers, config.train.threads or trainer_threads(config, role), config.cluster.timeout)
-    except RuntimeError:
+    except (RuntimeError, UserError):
         if refusal is not None:  # the run that holds the directory holds the port, too
             raise refusal from None
         raise

@@ -13,6 +13,8 @@ import os
 import socket
 import struct
 import sys
+import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -21,6 +23,7 @@ from typing import Any, Literal, NoReturn, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from trainer.config import ClusterConfig
 from trainer.contact import Contact
@@ -33,6 +36,7 @@ from trainer.stop import Stopped
 PATIENCE = timedelta(days=30)
 NAME_WORDS = 8  # 64-bit integers that hold the name of a host
 SIOCGIFADDR = 0x8915
+CLAIM_SECONDS = 15.0  # for a job that was told to stop to save and end: the main rank waits nearly as long for its lock
 T = TypeVar("T")
 
 
@@ -178,6 +182,9 @@ def join_world(placement_ranks_devices_per_node: int, threads: int, timeout: flo
         threads: CPU threads of this rank; 0 shares the cores out between the local ranks.
         timeout: seconds within which all ranks must join, each collective of the engine must end and each rank must
             give a sign of life; after that this rank fails instead of waiting on.
+
+    Raises:
+        UserError: another job has the main rank's port.
     """
     assert not dist.is_initialized(), "a process joins one world, once"
     tie_to_launcher()
@@ -189,8 +196,42 @@ def join_world(placement_ranks_devices_per_node: int, threads: int, timeout: flo
     _stand_alone()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    _init_distributed(device, timedelta(seconds=timeout))
+    claim_place(timeout)
+    try:
+        _init_distributed(device, timedelta(seconds=timeout))
+    except dist.DistNetworkError as error:
+        raise _port_taken() if "EADDRINUSE" in str(error) else error from None
     return _in_contact(World(dist.get_rank(), dist.get_world_size(), local_rank, device), timeout)
+
+
+def claim_place(timeout: float) -> None:
+    """See to it that what answers at the main rank's port is the main rank of this job.
+
+    A rank that joins another job there (the same command, started twice on several hosts) waits for a main rank that
+    never comes. So each rank first takes its number in the store that it finds; in another job's it is taken. One that
+    is about to end is waited for.
+
+    Args:
+        timeout: seconds until the main rank must answer.
+
+    Raises:
+        UserError: naming the address.
+    """
+    rank, host, port = os.environ["RANK"], os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun's store belongs to its agent and lives on when ranks are started again.
+    if rank == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    token, deadline = uuid.uuid4().hex, time.monotonic() + CLAIM_SECONDS
+    while True:
+        store = TCPStore(host, port, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+        try:
+            if store.compare_set(f"palimpsest/rank-{rank}", "", token) == token.encode():
+                return
+        except dist.DistNetworkError:  # it has ended just now
+            pass
+        if time.monotonic() > deadline:
+            raise _port_taken()
+        time.sleep(0.5)
 
 
 def leave_world(world: World, code: int) -> NoReturn:
@@ -239,6 +280,11 @@ def _in_contact(world: World, timeout: float) -> World:
     # Not before: a host that is lost while this group is made would be waited for as long as the group waits.
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     return replace(world, control=control, contact=contact)
+
+
+def _port_taken() -> UserError:
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return UserError(f"{place}: another program has this port; end it, or give deepspeed another --master_port")
 
 
 def _named(rank: int) -> str:

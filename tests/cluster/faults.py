@@ -64,6 +64,11 @@ def terminate(place: Place) -> None:
     _signal(place, "node1", signal.SIGTERM, f"{DEEPSPEED} ")
 
 
+def kill_command(place: Place) -> None:
+    """kill -9 of the `deepspeed` command alone: pdsh, its child, lives on."""
+    _signal(place, "node1", signal.SIGKILL, f"{DEEPSPEED} ")
+
+
 def lose_connections(place: Place) -> None:
     """kill -9 of the `deepspeed` command, pdsh and its ssh clients, as when the host that started the job is gone."""
     _signal(place, "node1", signal.SIGKILL, f"{DEEPSPEED} ", "pdsh -S", "ssh -oConnect")

@@ -7,6 +7,7 @@ the next thing to it; the last lets it end.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -138,3 +139,32 @@ def test_a_lost_sidecar_host_is_waited_for(place: Place, one_host: list[str]) ->
     TABLE.append(f"{'the host of an external sidecar lost':<38}goes on: starved {starved:.1f} in all, ended {lost:.1f}")
     assert starved > TIMEOUT / 2
     assert place.teachers() == one_host
+
+
+def test_a_job_whose_command_was_killed_holds_its_run_until_it_is_told_to_stop(place: Place) -> None:
+    """pdsh keeps it alive; the same command again is refused and names the process that takes a SIGTERM."""
+    words = ("--hostfile hostfile1", "replay.placement=external")
+    job = place.deepspeed(*words)
+    job.wait_until(place.run.state.exists)  # from here it waits for a teacher
+    faults.kill_command(place)
+    again = place.deepspeed(*words)
+    assert again.wait(START_SECONDS) == 2, again.printed()
+    holders = re.findall(r"error: .* a live run holds this directory \(process (\d+) on node1\)", again.printed())
+    assert len(holders) == 1, again.printed()
+
+    place.teacher("node2")
+    wait_until(lambda: place.checkpointed() >= STEPS + 4, START_SECONDS, "it did not go on")
+    place.hosts.run("node1", f"kill -TERM {holders[0]}")
+
+    def trains() -> bool:
+        return any(place.processes(host, "deepspeed", "train.py", "pdsh") for host in HOSTS)
+
+    wait_until(lambda: not trains(), SAVE_SECONDS + GRACE_SECONDS, "something still runs")
+    assert not place.run.metrics.exists(), "too late: the run had ended"
+
+
+def wait_until(happened: Callable[[], bool], seconds: float, failure: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, failure
+        time.sleep(0.1)
