@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from trainer import world
 from trainer.errors import UserError
-from trainer.world import claim_place, interface_towards, split_ranks
+from trainer.world import PortTaken, claim_place, close_places, interface_towards, split_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -124,32 +124,67 @@ def test_each_rank_has_one_place_in_a_job(environ: pytest.MonkeyPatch) -> None:
     job = listening()
     environ.setenv("MASTER_PORT", str(job.port))
     claim_place(20)
-    with pytest.raises(UserError, match=rf"^127\.0\.0\.1:{job.port}: another program has this port"):
+    with pytest.raises(PortTaken, match=rf"^127\.0\.0\.1:{job.port}: another program has this port"):
         claim_place(20)
     environ.setenv("RANK", "2")
     claim_place(20)
-    environ.setenv("RANK", "0")  # it listens itself
+
+
+def test_a_complete_job_has_no_place_left(environ: pytest.MonkeyPatch) -> None:
+    environ.setattr(world, "CLAIM_SECONDS", 0.1)
+    job = listening()
+    environ.setenv("MASTER_PORT", str(job.port))
+    close_places(20)  # by rank 1: it is not for it to say
     claim_place(20)
+    environ.setenv("RANK", "0")
+    close_places(20)
+    environ.setenv("RANK", "2")
+    with pytest.raises(PortTaken):
+        claim_place(20)
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "0"), ("TORCHELASTIC_USE_AGENT_STORE", "True")])
+def test_who_asks_nobody_for_a_place(environ: pytest.MonkeyPatch, name: str, value: str) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        environ.setenv("MASTER_PORT", str(nobody.getsockname()[1]))
+        with pytest.raises(dist.DistNetworkError):
+            claim_place(0.1)
+        environ.setenv(name, value)
+        claim_place(0.1)
 
 
 def test_a_job_that_ends_makes_room(environ: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def store(timeout: float) -> dist.TCPStore:
+        found = dist.TCPStore("127.0.0.1", port, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+        asked.set()
+        return found
+
+    environ.setattr(world, "_store", store)
     job = listening()
-    environ.setenv("MASTER_PORT", str(job.port))
+    port = job.port
     claim_place(20)
+    asked.clear()
     waiting = threading.Thread(target=claim_place, args=(20,))
     waiting.start()
+    assert asked.wait(20)
     waiting.join(0.3)
     assert waiting.is_alive(), "the place is taken"
-    port = job.port
     del job
     following = listening(port)
     waiting.join(20)
-    assert not waiting.is_alive() and following.check(["palimpsest/rank-1"])
+    assert not waiting.is_alive() and following.check([f"{world.PLACES}/rank-1"])
 
 
-def test_a_port_that_is_taken_is_one_line() -> None:
+def test_a_port_that_is_taken_is_told() -> None:
     program = (
-        "from trainer.cli import run_main; from trainer.world import join_world; run_main(lambda _: join_world(0, 1))"
+        "from trainer.world import PortTaken, join_world\n"
+        "try:\n"
+        "    join_world(0, 1)\n"
+        "except PortTaken as error:\n"
+        "    print(error)\n"
     )
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -158,5 +193,4 @@ def test_a_port_that_is_taken_is_one_line() -> None:
         place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         environ = os.environ | place | {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
         run = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 2, run.stderr
-    assert run.stderr.splitlines()[-1].startswith(f"error: 127.0.0.1:{port}: another program has this port"), run.stderr
+    assert run.stdout.startswith(f"127.0.0.1:{port}: another program has this port"), run.stderr

@@ -36,7 +36,7 @@ from trainer.stop import Stopped, StopRequest
 from trainer.store import is_url
 from trainer.tracking.table import print_result
 from trainer.tracking.tracker import Tracker, open_tracker
-from trainer.world import Role, World, join_world, leave_world, split_ranks
+from trainer.world import PortTaken, Role, World, join_world, leave_world, split_ranks
 
 FAILED = 1
 
@@ -65,9 +65,12 @@ def train(config: Config) -> int:
         return 0
     try:
         world = join_world(teachers, config.train.threads or trainer_threads(config, role), config.cluster.timeout)
-    except (RuntimeError, UserError):
+    except RuntimeError as error:
         if refusal is not None:  # the run that holds the directory holds the port, too
             raise refusal from None
+        if isinstance(error, PortTaken):
+            say(f"error: {error}")
+            return FAILED
         raise
     code = FAILED
     try:

@@ -36,8 +36,17 @@ from trainer.stop import Stopped
 PATIENCE = timedelta(days=30)
 NAME_WORDS = 8  # 64-bit integers that hold the name of a host
 SIOCGIFADDR = 0x8915
-CLAIM_SECONDS = 15.0  # for a job that was told to stop to save and end: the main rank waits nearly as long for its lock
+PLACES = "palimpsest"  # keys in the main rank's store
+CLAIM_SECONDS = 60.0  # a job that has lost a rank, or was told to stop, saves and ends before: it makes room
 T = TypeVar("T")
+
+
+class PortTaken(RuntimeError):
+    """Another program listens at the main rank's port. No UserError: a second start may find it free."""
+
+    def __init__(self) -> None:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        super().__init__(f"{place}: another program has this port; end it, or take another (deepspeed --master_port)")
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,7 @@ def join_world(placement_ranks_devices_per_node: int, threads: int, timeout: flo
             give a sign of life; after that this rank fails instead of waiting on.
 
     Raises:
-        UserError: another job has the main rank's port.
+        PortTaken: another program has the main rank's port.
     """
     assert not dist.is_initialized(), "a process joins one world, once"
     tie_to_launcher()
@@ -196,42 +205,49 @@ def join_world(placement_ranks_devices_per_node: int, threads: int, timeout: flo
     _stand_alone()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    claim_place(timeout)
     try:
         _init_distributed(device, timedelta(seconds=timeout))
     except dist.DistNetworkError as error:
-        raise _port_taken() if "EADDRINUSE" in str(error) else error from None
-    return _in_contact(World(dist.get_rank(), dist.get_world_size(), local_rank, device), timeout)
+        raise PortTaken() if "EADDRINUSE" in str(error) else error from None
+    world = _in_contact(World(dist.get_rank(), dist.get_world_size(), local_rank, device), timeout)
+    close_places(timeout)
+    return world
 
 
 def claim_place(timeout: float) -> None:
     """See to it that what answers at the main rank's port is the main rank of this job.
 
     A rank that joins another job there (the same command, started twice on several hosts) waits for a main rank that
-    never comes. So each rank first takes its number in the store that it finds; in another job's it is taken. One that
-    is about to end is waited for.
+    never comes. So each rank first takes its number in the store that it finds; in a job that is complete none is left.
+    One that is about to end is waited for.
 
     Args:
         timeout: seconds until the main rank must answer.
 
     Raises:
-        UserError: naming the address.
+        PortTaken: by another job.
     """
-    rank, host, port = os.environ["RANK"], os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's store belongs to its agent and lives on when ranks are started again.
-    if rank == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    rank = os.environ["RANK"]
+    if rank == "0" or _is_agents_store():
         return
     token, deadline = uuid.uuid4().hex, time.monotonic() + CLAIM_SECONDS
     while True:
-        store = TCPStore(host, port, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+        store = _store(timeout)
         try:
-            if store.compare_set(f"palimpsest/rank-{rank}", "", token) == token.encode():
+            mine = store.compare_set(f"{PLACES}/rank-{rank}", "", token) == token.encode()
+            if mine and not store.check([f"{PLACES}/complete"]):
                 return
         except dist.DistNetworkError:  # it has ended just now
             pass
         if time.monotonic() > deadline:
-            raise _port_taken()
+            raise PortTaken()
         time.sleep(0.5)
+
+
+def close_places(timeout: float) -> None:
+    """On the main rank, once all ranks have joined: no other may take a place any more. (See `claim_place`.)"""
+    if os.environ["RANK"] == "0" and os.environ["MASTER_PORT"] != "0" and not _is_agents_store():
+        _store(timeout).set(f"{PLACES}/complete", "")
 
 
 def leave_world(world: World, code: int) -> NoReturn:
@@ -282,9 +298,15 @@ def _in_contact(world: World, timeout: float) -> World:
     return replace(world, control=control, contact=contact)
 
 
-def _port_taken() -> UserError:
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    return UserError(f"{place}: another program has this port; end it, or give deepspeed another --master_port")
+def _store(timeout: float) -> TCPStore:
+    """A connection to the store that the main rank keeps."""
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(*place, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+
+
+def _is_agents_store() -> bool:
+    """torchrun's store belongs to its agent and lives on when ranks are started again."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _named(rank: int) -> str:
@@ -324,4 +346,5 @@ def _init_distributed(device: torch.device, timeout: timedelta) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    claim_place(timeout.total_seconds())
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)

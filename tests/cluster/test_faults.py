@@ -143,7 +143,7 @@ def test_a_lost_sidecar_host_is_waited_for(place: Place, one_host: list[str]) ->
 
 def test_a_job_whose_command_was_killed_holds_its_run_until_it_is_told_to_stop(place: Place) -> None:
     """pdsh keeps it alive; the same command again is refused and names the process that takes a SIGTERM."""
-    words = ("--hostfile hostfile1", "replay.placement=external")
+    words = ("--hostfile hostfile1", "replay.placement=external", "replay.timeout=900")
     job = place.deepspeed(*words)
     job.wait_until(place.run.state.exists)  # from here it waits for a teacher
     faults.kill_command(place)
@@ -160,6 +160,7 @@ def test_a_job_whose_command_was_killed_holds_its_run_until_it_is_told_to_stop(p
         return any(place.processes(host, "deepspeed", "train.py", "pdsh") for host in HOSTS)
 
     wait_until(lambda: not trains(), SAVE_SECONDS + GRACE_SECONDS, "something still runs")
+    assert "stopped and saved in task 2 after" in job.printed(), "pdsh writes on"
     assert not place.run.metrics.exists(), "too late: the run had ended"
 
 
