@@ -153,19 +153,9 @@ def test_a_job_whose_command_was_killed_holds_its_run_until_it_is_told_to_stop(p
     assert len(holders) == 1, again.printed()
 
     place.teacher("node2")
-    wait_until(lambda: place.checkpointed() >= STEPS + 4, START_SECONDS, "it did not go on")
+    job.wait_until(lambda: place.checkpointed() >= STEPS + 4)
     place.hosts.run("node1", f"kill -TERM {holders[0]}")
-
-    def trains() -> bool:
-        return any(place.processes(host, "deepspeed", "train.py", "pdsh") for host in HOSTS)
-
-    wait_until(lambda: not trains(), SAVE_SECONDS + GRACE_SECONDS, "something still runs")
+    assert job.wait(SAVE_SECONDS + GRACE_SECONDS) is not None, "its connection lasts as long as pdsh does"
+    assert not any(place.processes(host, "deepspeed", "train.py", "pdsh") for host in HOSTS)
     assert "stopped and saved in task 2 after" in job.printed(), "pdsh writes on"
     assert not place.run.metrics.exists(), "too late: the run had ended"
-
-
-def wait_until(happened: Callable[[], bool], seconds: float, failure: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, failure
-        time.sleep(0.1)
